@@ -1,0 +1,97 @@
+"""The options of the preprocessing stage, composed from those of its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from preprocess import conditions
+from preprocess.geometry import GeometryOptions
+from preprocess.sources import SourceOptions
+from shared import families
+from shared.errors import UserError
+
+# One group of options per file in conditions/: a new condition brings its own.
+ConditionOptions: Any = dataclasses.make_dataclass(
+    "ConditionOptions",
+    [
+        (name, conditions.get(name).Options, field(default_factory=conditions.get(name).Options))
+        for name in conditions.names()
+    ],
+    namespace={"__doc__": "How each condition is drawn."},
+    frozen=True,
+    module=__name__,
+)
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How the encoders are run. Nothing here is part of a layer's fingerprint."""
+
+    image_batch: int = 8
+    """Images of one call of the VAE or a detector. Lower it if memory runs out."""
+    text_batch: int = 32
+    """Captions of one call of a text encoder."""
+    workers: int = 4
+    """Threads that read, decode and crop images."""
+    shard_rows: int | None = None
+    """Rows of one shard, the unit of work that an interruption can lose. Default: by layer, some hundred MB."""
+
+    def check(self) -> None:
+        """Refuse impossible values."""
+        for name in ("image_batch", "text_batch", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"encode.{name} must be 1 or more, not {getattr(self, name)}")
+        if self.shard_rows is not None and self.shard_rows < 1:
+            raise UserError(f"encode.shard_rows must be 1 or more, not {self.shard_rows}")
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Encode a data set once: line art, VAE latents and text embeddings go into a cache that every training run
+    reads. Running the same command again resumes; with changed data or options it redoes only what they change."""
+
+    data: str
+    """A folder of images with metadata.jsonl (file_name, text; optional conditioning_image, split), or with NAME.txt
+    beside each image."""
+    cache: str = "cache"
+    """Where the cache is made, or brought up to date."""
+    family: str = "flux"
+    """The model family whose encoders are run."""
+    model: str | None = None
+    """A folder in diffusers' layout or a hub id. Default: the family's own, FLUX.1-dev."""
+    revision: str | None = None
+    """Commit, branch or tag of a hub model."""
+    condition: tuple[str, ...] = ("lineart",)
+    """What the ControlNet will follow; several are kept side by side. `precomputed` takes the conditioning_image."""
+    text_length: int | None = None
+    """T5 tokens. Padding is part of what FLUX sees, so use the same length at inference. Default: the model's own, 512;
+    at 77 the cache is a sixth of the size."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the encoders and of the cache. bf16 is what pipelines are run in."""
+    validation_fraction: float = 0.05
+    """Share of images that are held out for validation where the data set does not say, at most `validation_max`."""
+    validation_max: int = 64
+    """The most images that are held out. The choice is by name, not by order."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU where there is one."""
+    source: SourceOptions = field(default_factory=SourceOptions)
+    geometry: GeometryOptions = field(default_factory=GeometryOptions)
+    conditions: ConditionOptions = field(default_factory=ConditionOptions)
+    encode: EncodeOptions = field(default_factory=EncodeOptions)
+
+    def check(self) -> None:
+        """Refuse impossible values, of the parts too."""
+        family = families.get(self.family)
+        if not self.condition:
+            raise UserError(f"condition: name at least one of {', '.join(conditions.names())}")
+        for name in self.condition:
+            conditions.get(name)
+            getattr(self.conditions, name).check()
+        if self.text_length is not None and not 1 <= self.text_length <= family.max_text_length:
+            raise UserError(f"text_length must be from 1 to {family.max_text_length}, not {self.text_length}")
+        if not 0 <= self.validation_fraction < 1 or self.validation_max < 0:
+            raise UserError("validation_fraction is a share from 0 to below 1, validation_max 0 or more")
+        for part in (self.source, self.geometry, self.encode):
+            part.check()

@@ -1,0 +1,361 @@
+"""The preprocessing stage: records -> plan -> missing rows of each layer -> shards -> layers -> the manifest, last.
+
+A layer's rows that are already in finished shards are never made again, whatever made them: an interrupted run, an
+earlier state of the data set, another condition. What is missing is cut into shards in a fixed order, so that an
+interrupted and an undisturbed run write the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preprocess import conditions, encode, plan, sources
+from preprocess.config import PreprocessConfig
+from preprocess.encode import Produce
+from shared import atomic, families
+from shared.cache import schema, writer
+from shared.cache.reader import Layer, LayerSummary, wanted
+from shared.cache.schema import Field, Reads, Sample, Shard
+from shared.errors import EXIT_INCOMPLETE, UserError
+from shared.families.base import Family, LayerKind
+from shared.model_folder import ModelFolder, resolve
+from shared.report import progress, quiet_libraries, say, table, versions, warn
+
+_DRAWING = (Field("R.png", "uint8", "H W or H W 3", "the drawing that was encoded, 0.png to R-1.png, white on black"),)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Work:
+    """One layer to be brought up to date."""
+
+    name: str
+    reads: Reads
+    recipe: Mapping[str, Any]
+    fields: tuple[Field, ...]
+    shard_rows: int
+    row_bytes: Callable[[int], int]
+    """Pixels of a sample -> its bytes on disk, for the check before the start."""
+    open: Callable[[], Produce]
+    """Load the producer. It is freed when the returned callable goes."""
+    folder: Path = field(default_factory=Path)
+    missing: list[str] = field(default_factory=list)
+    """Keys whose rows have to be made, in shard order."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the recipe."""
+        return schema.fingerprint(self.recipe)
+
+
+def preprocess(options: PreprocessConfig) -> int:
+    """Make or complete the cache. Exit code 0, or 3 where samples had to be left out (each is named with its reason).
+
+    Raises `UserError` before any model is loaded where something is missing, does not fit or will not fit the disk.
+    """
+    quiet_libraries()
+    family = families.get(options.family)
+    data, cache = Path(options.data).expanduser(), Path(options.cache)
+    records = list(sources.read(data, options.source))
+    if unmentioned := sources.num_unmentioned_images(data, records):
+        warn(f"{unmentioned} image file(s) in {data} are not named by its metadata.jsonl: they are no samples")
+    components = sorted({component for kind in family.layers for component in kind.components})
+    model = resolve(options.model or family.default_model, components, options.revision)
+    with atomic.alone(cache, "preprocessing into"):
+        return _Stage(options, family, model, data, cache).run(records)
+
+
+class _Stage:
+    def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, data: Path, cache: Path) -> None:
+        self.options, self.family, self.model, self.data, self.cache = options, family, model, data, cache
+        self.device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+        self.dtype = _DTYPES[options.precision]
+        self.text_length = options.text_length or family.max_text_length
+
+    def run(self, records: Sequence[sources.Record]) -> int:
+        self.plan = self._plan(records)
+        self.samples = {sample.key: sample for sample in self.plan.samples}
+        self.captions = {caption.id: caption for caption in self.plan.captions}
+        works = self._works()
+        for work in works:
+            self._find_missing(work)
+        self._check_disk(works)
+        self._warn_truncated(works)
+        made = {work.name: self._do(work) for work in works}
+        self._publish(works)
+        return self._report(works, made)
+
+    def _plan(self, records: Sequence[sources.Record]) -> plan.Plan:
+        path = self.cache / schema.SAMPLES
+        try:
+            before = schema.read_samples(path) if path.is_file() else []
+        except schema.CacheError:
+            before = []  # damaged: every image is decoded again, and the file is written anew at the end
+        return plan.make(records, self.options, self.family.size_multiple, before)
+
+    # The layers
+
+    def _works(self) -> list[Work]:
+        by_reads: dict[str, list[Work]] = {"image": [], "condition": [], "caption": []}
+        for kind in self.family.layers:
+            if kind.reads == "condition":
+                continue
+            by_reads[kind.reads].append(self._work(kind, kind.name, "image" if kind.reads == "image" else "caption"))
+        condition_kinds = [kind for kind in self.family.layers if kind.reads == "condition"]
+        for name in self.options.condition:
+            drawing = self._drawing_work(name)
+            by_reads["condition"].append(drawing)
+            for kind in condition_kinds:
+                by_reads["condition"].append(
+                    self._work(kind, kind.name.replace("condition", name), drawing.reads, drawing)
+                )
+        return [*by_reads["image"], *by_reads["condition"], *by_reads["caption"]]
+
+    def _recipe(self, name: str, rest: Mapping[str, Any]) -> dict[str, Any]:
+        return {"layer": name, "schema_version": schema.SCHEMA_VERSION, **rest}
+
+    def _work(self, kind: LayerKind, name: str, reads: Reads, drawing: Work | None = None) -> Work:
+        recipe = self.family.encoder_recipe(kind, self.model, self.text_length)
+        recipe["precision"] = str(self.dtype).removeprefix("torch.")
+        if drawing is not None:
+            recipe["drawings"] = drawing.fingerprint
+        elif kind.reads == "image":
+            recipe["resampling"] = "lanczos"
+        num_drawings = 1 if drawing is None else self._condition(drawing.name).num_drawings
+        work = Work(
+            name=name,
+            reads=reads,
+            recipe=self._recipe(name, recipe),
+            fields=tuple(
+                replace(f, dtype=recipe["precision"]) if f.dtype == "as encoded" else f for f in kind.fields
+            ),
+            shard_rows=self.options.encode.shard_rows or kind.shard_rows,
+            row_bytes=lambda pixels: num_drawings
+            * self.family.row_bytes(kind, self.model, self.dtype, pixels, self.text_length),
+            open=lambda: self._open(kind, drawing),
+        )
+        work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
+        return work
+
+    def _open(self, kind: LayerKind, drawing: Work | None) -> Produce:
+        encoder = self.family.open_encoder(kind, self.model, self.device, self.dtype, self.text_length)
+        size = self.options.encode
+        if kind.reads == "caption":
+            return encode.captions_producer(self.captions, encoder, size.text_batch)
+        if drawing is not None:
+            layer = self._layer(drawing)
+            return encode.images_producer(
+                lambda key: encode.load_drawings(layer, key), encoder, size.image_batch, size.workers
+            )
+        return encode.images_producer(self._load("image"), encoder, size.image_batch, size.workers)
+
+    def _condition(self, name: str) -> conditions.Condition[Any]:
+        return conditions.get(name)(getattr(self.options.conditions, name))
+
+    def _drawing_work(self, name: str) -> Work:
+        condition = self._condition(name)
+        work = Work(
+            name=name,
+            reads=condition.reads,
+            recipe=self._recipe(name, {"condition": name, "resampling": "lanczos", **condition.recipe()}),
+            fields=_DRAWING,
+            shard_rows=self.options.encode.shard_rows or 256,
+            # PNG of line art: measured 0.1 to 0.3 bytes a pixel; photographs as conditions up to 2.
+            row_bytes=lambda pixels: condition.num_drawings * (pixels // 3 + 1024),
+            open=lambda: encode.drawings_producer(
+                self._load(condition.reads),
+                condition.open(self.device),
+                self.options.encode.image_batch,
+                self.options.encode.workers,
+            ),
+        )
+        work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
+        return work
+
+    def _load(self, reads: Reads) -> Callable[[str], Any]:
+        return lambda key: encode.load_placed(self.data, self.samples[key], reads)
+
+    def _layer(self, work: Work) -> Layer:
+        """A layer that was just completed, opened for reading."""
+        shards: list[Shard] = [shard for shard, _ in writer.finished_shards(work.folder)]
+        summary = LayerSummary(
+            name=work.name, folder=work.folder.name, reads=work.reads, fingerprint=work.fingerprint,
+            recipe=work.recipe, fields=work.fields, shards=tuple(shards),
+        )  # fmt: skip
+        return Layer(work.folder, summary, self._wanted(work.reads))
+
+    def _wanted(self, reads: Reads) -> dict[str, str]:
+        return wanted(reads, self.plan.samples, self.plan.captions)
+
+    # What is missing, and whether it fits
+
+    def _find_missing(self, work: Work) -> None:
+        done = writer.finished_rows(work.folder)
+        work.missing = [key for key, input_digest in self._wanted(work.reads).items() if (key, input_digest) not in done]
+        if work.reads != "caption":  # a shard holds samples of one shape
+            work.missing.sort(key=lambda key: (self._shape(key), key))
+
+    def _shape(self, key: str) -> tuple[int, int]:
+        sample = self.samples[key]
+        assert sample.bucket_width is not None
+        assert sample.bucket_height is not None
+        return sample.bucket_width, sample.bucket_height
+
+    def _units(self, work: Work) -> list[list[str]]:
+        """The missing rows cut into shards: in order, of one shape, `shard_rows` each."""
+        groups: dict[Any, list[str]] = {}
+        for key in work.missing:
+            groups.setdefault(None if work.reads == "caption" else self._shape(key), []).append(key)
+        return [list(unit) for group in groups.values() for unit in encode.batched(group, work.shard_rows)]
+
+    def _check_disk(self, works: Sequence[Work]) -> None:
+        needed = 0
+        for work in works:
+            for key in work.missing:
+                pixels = 0 if work.reads == "caption" else self._shape(key)[0] * self._shape(key)[1]
+                needed += work.row_bytes(pixels)
+        free = shutil.disk_usage(self.cache).free
+        if needed > free:
+            raise UserError(
+                f"the cache needs about {needed / 1e9:,.2f} GB more, but {self.cache} has {free / 1e9:,.2f} GB free; "
+                "free some space, choose another CACHE, or a smaller text_length or resolution. Nothing was begun"
+            )
+        if needed:
+            rows = sum(len(work.missing) for work in works)
+            say(f"to make: {rows:,} rows, about {needed / 1e6:,.1f} MB ({free / 1e9:,.1f} GB are free)")
+
+    def _warn_truncated(self, works: Sequence[Work]) -> None:
+        if not any(work.missing for work in works if work.reads == "caption"):
+            return
+        texts = [caption.text for caption in self.plan.captions]
+        if truncated := self.family.count_truncated(self.model, texts, self.text_length):
+            warn(f"{truncated} of {len(texts)} captions have more than {self.text_length} T5 tokens: their end is cut off")
+
+    # Doing it
+
+    def _do(self, work: Work) -> int:
+        """Make the missing rows of one layer; how many it was."""
+        inputs = self._wanted(work.reads)
+        if work.missing:
+            produce = work.open()
+            numbers = writer.unused_numbers(work.folder)
+            with progress(title=work.name, unit="row", total=len(work.missing)) as bar:
+                for unit in self._units(work):
+                    with writer.ShardWriter(work.folder, next(numbers)) as shard:
+                        for row in produce(unit):
+                            if row.members is None:
+                                shard.add_error(row.key, inputs[row.key], row.error or "unknown")
+                            else:
+                                shard.add(row.key, inputs[row.key], row.members)
+                            bar.update()
+            del produce
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+        writer.publish_layer(
+            work.folder, name=work.name, reads=work.reads, recipe=work.recipe, fields=work.fields, made_with=versions()
+        )
+        return len(work.missing)
+
+    def _publish(self, works: Sequence[Work]) -> None:
+        layers = {work.name: self._entry(work.folder, work.fingerprint) for work in works}
+        kept = self._still_complete(layers)
+        manifest = {
+            "family": self.family.name,
+            "model": {"name": str(self.model.path) if self.model.revision is None else self.model.name,
+                      "revision": self.model.revision},
+            "condition": self.options.condition[0],
+            "layers": {**layers, **kept},
+        }  # fmt: skip
+        names = manifest["layers"]
+        manifest["conditions"] = [name for name in conditions.names() if name in names and f"{name}_latents" in names]
+        writer.publish_manifest(self.cache, {**manifest, **writer.publish_tables(self.cache, self.plan.samples, self.plan.captions)})
+
+    def _entry(self, folder: Path, fingerprint: str) -> dict[str, Any]:
+        return {
+            "folder": folder.name,
+            "fingerprint": fingerprint,
+            "checksum": schema.read_sealed_checksum(folder / schema.LAYER),
+        }
+
+    def _still_complete(self, now: Mapping[str, Any]) -> dict[str, Any]:
+        """Layers of the manifest before (other conditions) that still have every row; the others are named."""
+        path = self.cache / schema.MANIFEST
+        if not path.is_file():
+            return {}
+        try:
+            before = schema.read_sealed(path)["layers"]
+        except (schema.CacheError, KeyError):
+            return {}
+        kept = {}
+        for name, entry in before.items():
+            if name in now:
+                continue
+            folder = self.cache / entry["folder"]
+            try:
+                reads = schema.read_sealed(folder / schema.LAYER)["reads"]
+            except schema.CacheError as error:
+                warn(f"layer {name} is no longer part of the cache: {error}")
+                continue
+            missing = set(self._wanted(reads).items()) - writer.finished_rows(folder)
+            if missing:
+                warn(
+                    f"layer {name} lacks {len(missing)} row(s) of the data as it is now and is left out of the cache; "
+                    f"run again with CONDITION={name.removesuffix('_latents')} to bring it up to date (its files stay)"
+                )
+            else:
+                kept[name] = self._entry(folder, entry["fingerprint"])
+        return kept
+
+    # What came of it
+
+    def _report(self, works: Sequence[Work], made: Mapping[str, int]) -> int:
+        lost: dict[str, tuple[str, str]] = {}
+        for sample in self.plan.samples:
+            if sample.status == "error":
+                lost[sample.key] = (sample.source, str(sample.error))
+        caption_users: dict[str, list[Sample]] = {}
+        for sample in self.plan.sound:
+            for caption in sample.captions:
+                caption_users.setdefault(caption, []).append(sample)
+        rows = []
+        for work in works:
+            layer = self._layer(work)
+            size = writer.bytes_on_disk(work.folder)
+            total = len(self._wanted(work.reads))
+            rows.append(
+                (work.folder.name, f"{total:,}", f"{made[work.name]:,}", f"{total - made[work.name]:,}", f"{size / 1e6:,.1f}")
+            )
+            for key, reason in layer.errors.items():
+                users = caption_users.get(key, []) if work.reads == "caption" else [self.samples[key]]
+                for sample in users:
+                    lost.setdefault(sample.key, (sample.source, f"layer {work.name}: {reason}"))
+        say(table(("layer", "rows", "made now", "kept", "MB"), rows, right=1))
+        sound = [sample for sample in self.plan.sound if sample.key not in lost]
+        held_out = sum(sample.split == "validation" for sample in sound)
+        enlarged = sum(_enlarged(sample) for sample in sound)
+        say(
+            f"cache {self.cache}: {len(sound):,} samples ({held_out:,} held out), {len(self.captions) - 1:,} distinct "
+            f"captions, conditions {', '.join(self.options.condition)}"
+        )
+        if enlarged:
+            warn(f"{enlarged} sample(s) are smaller than their bucket and were enlarged")
+        if not lost:
+            return 0
+        warn(f"{len(lost)} sample(s) were left out:")
+        for source, reason in sorted(set(lost.values())):
+            warn(f"  {source}: {reason}")
+        return EXIT_INCOMPLETE
+
+
+def _enlarged(sample: Sample) -> bool:
+    assert sample.width is not None
+    assert sample.height is not None
+    assert sample.bucket_width is not None
+    assert sample.bucket_height is not None
+    return sample.bucket_width > sample.width or sample.bucket_height > sample.height

@@ -1,0 +1,163 @@
+"""What is to be done, decided before any model loads: which images are sound, how each is placed, who is held out.
+
+Every image is read and decoded once here, so that a broken one is known by its reason before hours of encoding; images
+whose bytes an earlier plan has seen are only hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from preprocess import geometry, images
+from preprocess.config import PreprocessConfig
+from preprocess.images import ImageError
+from preprocess.sources import Record
+from shared.cache.schema import Caption, Sample
+from shared.errors import UserError
+from shared.report import progress
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One record after its files were read."""
+
+    record: Record
+    sha256: str | None
+    width: int | None
+    height: int | None
+    conditioning_sha256: str | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The samples and captions that the cache will have."""
+
+    samples: list[Sample]
+    """All variants of all images, by key; those that cannot be used with the reason."""
+    captions: list[Caption]
+    """Distinct captions of sound samples, the empty one first."""
+
+    @property
+    def sound(self) -> list[Sample]:
+        """The samples that will be encoded."""
+        return [sample for sample in self.samples if sample.status == "ok"]
+
+
+def make(records: Sequence[Record], options: PreprocessConfig, multiple: int, before: Iterable[Sample] = ()) -> Plan:
+    """Read every file of `records` and lay out the cache. `multiple`: sides are multiples of so many pixels.
+
+    `before` are the samples of an earlier plan. Raises `UserError` where no sample is sound.
+    """
+    known = {(s.sha256 or ""): (s.width, s.height) for s in before if s.status == "ok"}
+    needs_conditioning = any(_reads_conditioning(name) for name in options.condition)
+    with ThreadPoolExecutor(options.encode.workers) as pool:
+        scans = pool.map(lambda record: scan(record, known, needs_conditioning), records)
+        scanned = list(progress(scans, title="read images", unit="image", total=len(records)))
+    splits = choose_splits([s.record for s in scanned if s.error is None], options)
+    samples = [sample for s in scanned for sample in _samples(s, splits, options, multiple)]
+    if not any(sample.status == "ok" for sample in samples):
+        reasons = "; ".join(sorted({str(sample.error) for sample in samples})[:3])
+        raise UserError(f"none of the {len(records)} images in {options.data} can be used: {reasons}")
+    texts = {caption: None for s in scanned if s.error is None for caption in s.record.captions}
+    captions = [Caption.of(""), *(Caption.of(text) for text in texts if text)]
+    return Plan(samples=sorted(samples, key=lambda sample: sample.key), captions=captions)
+
+
+def _reads_conditioning(condition: str) -> bool:
+    from preprocess import conditions
+
+    return conditions.get(condition).reads == "conditioning_image"
+
+
+def scan(record: Record, known: dict[str, tuple[int | None, int | None]], needs_conditioning: bool) -> Scan:
+    """Read one record's files; an unusable one comes back with its reason. `known`: sizes by content hash."""
+    sha256 = width = height = conditioning_sha256 = None
+    error = record.error
+    if error is None:
+        try:
+            data = record.image.read_bytes()
+            sha256 = hashlib.sha256(data).hexdigest()
+            if sha256 in known:
+                width, height = known[sha256]
+            else:
+                height, width = images.decode(data).shape[:2]
+        except (ImageError, OSError) as problem:
+            error = str(problem)
+    if error is None and record.conditioning is not None:
+        try:
+            data = record.conditioning.read_bytes()
+            conditioning_sha256 = hashlib.sha256(data).hexdigest()
+            if needs_conditioning:
+                images.decode(data)
+        except (ImageError, OSError) as problem:
+            error = f"conditioning image: {problem}"
+    if error is None and needs_conditioning and record.conditioning is None:
+        error = "no conditioning_image, which the condition 'precomputed' needs"
+    return Scan(record, sha256, width, height, conditioning_sha256, error)
+
+
+def choose_splits(records: Sequence[Record], options: PreprocessConfig) -> dict[str, Split]:
+    """Name to split. Where the source names any split, its word holds; else the names of lowest hash are held out,
+    so that the choice depends on nothing but the names."""
+    if any(record.split is not None for record in records):
+        return {record.name: record.split or "train" for record in records}
+    number = min(options.validation_max, round(len(records) * options.validation_fraction))
+    if options.validation_fraction > 0 and options.validation_max > 0 and len(records) > 1:
+        number = max(1, number)
+    by_hash = sorted(record.name for record in records)
+    by_hash.sort(key=lambda name: hashlib.sha256(f"split {name}".encode()).digest())
+    held_out = set(by_hash[:number])
+    return {record.name: "validation" if record.name in held_out else "train" for record in records}
+
+
+def _samples(scan: Scan, splits: dict[str, Split], options: PreprocessConfig, multiple: int) -> list[Sample]:
+    record = scan.record
+    base = Sample(
+        key=key_of(record.name, 0),
+        source=record.name,
+        sha256=scan.sha256,
+        conditioning_source=None if record.conditioning is None else record.conditioning.as_posix(),
+        conditioning_sha256=scan.conditioning_sha256,
+        width=scan.width,
+        height=scan.height,
+        variant=0,
+        placement=None,
+        bucket_width=None,
+        bucket_height=None,
+        split=splits.get(record.name, "train"),
+        captions=tuple(Caption.of(caption).id for caption in record.captions),
+        status="ok",
+        error=None,
+    )
+    if scan.error is not None:
+        return [replace(base, status="error", error=scan.error)]
+    assert scan.width is not None
+    assert scan.height is not None
+    placements = geometry.place(scan.width, scan.height, record.name, options.geometry, multiple)
+    return [
+        replace(
+            base,
+            key=key_of(record.name, variant),
+            variant=variant,
+            placement=json.dumps(asdict(placement), sort_keys=True),
+            bucket_width=placement.bucket_width,
+            bucket_height=placement.bucket_height,
+        )
+        for variant, placement in enumerate(placements)
+    ]
+
+
+def key_of(name: str, variant: int) -> str:
+    """A sample's key: readable, unique by the hash of its whole name, without the dots that end a tar member's key."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[:40]
+    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{variant}"

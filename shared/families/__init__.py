@@ -1,0 +1,34 @@
+"""Model families. The folder is the registry: one file per family, each defining `FAMILY`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from shared.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from shared.families.base import Family
+
+
+def names() -> list[str]:
+    """The families that are there."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def get(name: str) -> Family:
+    """The family of this name. Raises `UserError` naming those there are."""
+    if name not in names():
+        raise UserError(f"unknown model family '{name}': {nearest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}").FAMILY
+
+
+def of_model(class_name: str) -> Family:
+    """The family whose base model has this class name in its config."""
+    for name in names():
+        family = get(name)
+        if family.base_class == class_name:
+            return family
+    known = ", ".join(get(name).base_class for name in names())
+    raise UserError(f"no model family here trains a {class_name}; there is: {known}")

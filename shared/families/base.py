@@ -1,0 +1,195 @@
+"""The questions that a model family answers. Nobody else asks which family it is.
+
+Letters: B batch, H W pixels, h w latents (H/8, W/8), T image tokens, C channels of a token, L text tokens, D features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from shared.cache.schema import Field
+from shared.model_folder import ModelFolder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A layer that this family needs: what it is made from, by which component, and what one member holds."""
+
+    name: str
+    """`latents`; for a layer made from the condition, the condition's name comes before it: `lineart_latents`."""
+    reads: Literal["image", "condition", "caption"]
+    components: tuple[str, ...]
+    """Folders of the model whose content decides the bytes. The first holds the encoder's weights."""
+    fields: tuple[Field, ...]
+    shard_rows: int
+    """Rows of one shard, the unit of work: some hundred MB, some minutes."""
+
+    @property
+    def rows(self) -> Literal["samples", "captions"]:
+        """What the layer has one member for."""
+        return "captions" if self.reads == "caption" else "samples"
+
+
+@dataclass
+class Batch:
+    """Samples of one shape, on the device: raw tensors as they are cached, stacked.
+
+    `tensors` maps "role.field" to (B, ...); roles are the family's layer names, with the condition's own name left
+    out: "latents.mean", "condition_latents.mean", "t5.prompt_embeds".
+    """
+
+    keys: list[str]
+    height: int
+    """Pixels."""
+    width: int
+    tensors: Tensors
+    step_samples: int = 0
+    """Samples of the whole optimizer step that this batch is part of, over all processes."""
+    position: int = 0
+    """Number of this batch in the endless stream of the run: seeds its noise."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass
+class Inputs:
+    """What the model is called with beside x_t and t: prepared once per batch, final."""
+
+    condition: torch.Tensor | None
+    """(B, T, C) packed condition latents."""
+    embeds: Tensors
+    """The text embeddings under the model's own argument names."""
+    height: int
+    width: int
+
+
+Encode = Callable[[Any], Tensors]
+"""uint8 (B, H, W, 3), or a list of captions -> tensors (B, ...) under the layer's field names, on the CPU."""
+
+Decode = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""x_0 (B, T, C), height, width -> uint8 (B, H, W, 3) on the CPU."""
+
+
+class Family(ABC):
+    """One model family: facts, how its encoders run (stage 1), and how it is trained and sampled (stage 2)."""
+
+    name: ClassVar[str]
+    base_class: ClassVar[str]
+    """`_class_name` in the base model's config."""
+    base_component: ClassVar[str]
+    """Folder of the model that holds the trained base."""
+    default_model: ClassVar[str]
+    size_multiple: ClassVar[int]
+    """Height and width are multiples of this many pixels."""
+    layers: ClassVar[tuple[LayerKind, ...]]
+    max_text_length: ClassVar[int]
+
+    # Stage 1: samples -> layers
+
+    @abstractmethod
+    def encoder_recipe(self, layer: LayerKind, model: ModelFolder, text_length: int) -> dict[str, Any]:
+        """All that this layer's bytes depend on in the encoder but its precision: weights (digests), settings."""
+
+    @abstractmethod
+    def open_encoder(
+        self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype, text_length: int
+    ) -> Encode:
+        """Load the layer's encoder. Dropping the returned callable frees it."""
+
+    @abstractmethod
+    def row_bytes(self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int) -> int:
+        """Bytes that one row of this layer will take on disk, for an image of `pixels` pixels."""
+
+    @abstractmethod
+    def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
+        """How many captions have more tokens than the text length, so that their end is not seen."""
+
+    # Stage 2: layers -> a trained ControlNet
+
+    @abstractmethod
+    def check_base(
+        self, model: ModelFolder, fields: Mapping[str, tuple[int, ...]], recipes: Mapping[str, Any]
+    ) -> str | None:
+        """Refuse (`UserError`) a base that cannot use a cache's tensors (`fields`: "layer.field" to shape of one
+        sample; `recipes`: layer to recipe). Reads configuration files and small digests only. A remark comes back
+        where something can go on but is not as it should be."""
+
+    @abstractmethod
+    def load_base(self, model: ModelFolder, dtype: torch.dtype) -> torch.nn.Module:
+        """The frozen base on the CPU, not quantized."""
+
+    @abstractmethod
+    def max_depth(self, model: ModelFolder) -> tuple[int, int]:
+        """The deepest ControlNet that this base can initialise: (num_layers, num_single_layers)."""
+
+    @abstractmethod
+    def make_controlnet(
+        self, base: torch.nn.Module, num_layers: int, num_single_layers: int, embedder: Literal["copy", "zero"]
+    ) -> torch.nn.Module:
+        """A ControlNet with the base's own first blocks, not quantized; asserts that they are equal."""
+
+    @abstractmethod
+    def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:
+        """An existing ControlNet from a folder or a hub id."""
+
+    @abstractmethod
+    def check_controlnet(self, controlnet: torch.nn.Module, base: torch.nn.Module, control_mode: int | None) -> None:
+        """Refuse (`UserError`) an existing ControlNet that does not fit the base."""
+
+    @abstractmethod
+    def model_latents(
+        self,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        recipe: Mapping[str, Any],
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Raw moments (B, 16, h, w) -> final latents (B, T, C): a draw of the posterior (the mean without a
+        generator), shifted and scaled as the layer's recipe says, packed. Computed in fp32, rounded once."""
+
+    @abstractmethod
+    def inputs(self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype) -> Inputs:
+        """Everything but x_t and t for the model calls on this batch."""
+
+    @abstractmethod
+    def residuals(
+        self, controlnet: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, guidance: float,
+        control_mode: int | None, scale: float = 1.0,
+    ) -> Any:  # fmt: skip
+        """What the ControlNet adds to the base's blocks."""
+
+    @abstractmethod
+    def predict(
+        self, base: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, guidance: float, residuals: Any
+    ) -> torch.Tensor:
+        """The base's prediction (B, T, C) for x_t (B, T, C) at t (B,) in [0, 1]."""
+
+    @abstractmethod
+    def sample(
+        self,
+        model: ModelFolder,
+        noise: torch.Tensor,
+        num_steps: int,
+        step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Integrate from noise (B, T, C) to x_0 with the pipeline's own schedule; `step(x_t, t)` predicts."""
+
+    @abstractmethod
+    def open_decoder(self, model: ModelFolder, device: str, dtype: torch.dtype) -> Decode:
+        """Load the decoder alone: the encoder's weights are not read."""
+
+    @abstractmethod
+    def tiny(self, folder: Path, seed: int = 0) -> Path:
+        """Write a pipeline of the same classes with a few thousand random parameters, for tests."""

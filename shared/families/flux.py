@@ -1,0 +1,442 @@
+"""FLUX.1: a rectified-flow transformer over packed VAE latents, CLIP's pooled and T5's token embeddings.
+
+Facts that the rest of the project need not know, with their source: Black Forest Labs' FLUX.1-dev as diffusers runs it
+(FluxPipeline, FluxControlNetPipeline). B batch, H W pixels, h = H/8, w = W/8, T = h/2 * w/2 image tokens, C = 64
+channels of a token, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from shared.cache.schema import Field
+from shared.errors import UserError
+from shared.families.base import Batch, Decode, Encode, Family, Inputs, LayerKind, Tensors
+from shared.model_folder import ModelFolder, resolve, tensors_sha256
+
+_MOMENTS = (
+    Field("mean", "as encoded", "16 h w", "mean of the VAE's posterior, raw: neither shifted nor scaled"),
+    Field("std", "as encoded", "16 h w", "standard deviation of the posterior, raw"),
+)
+
+
+class Flux(Family):
+    """FLUX.1-dev and its relatives of the same classes."""
+
+    name = "flux"
+    base_class = "FluxTransformer2DModel"
+    base_component = "transformer"
+    default_model = "black-forest-labs/FLUX.1-dev"
+    size_multiple = 16  # VAE 8x, then 2x2 latents to a token
+    max_text_length = 512
+    layers = (
+        LayerKind("latents", "image", ("vae",), _MOMENTS, shard_rows=256),
+        LayerKind("condition_latents", "condition", ("vae",), tuple(
+            Field(f.name, f.dtype, f"R {f.shape}", f"{f.meaning}; R drawings of the sample") for f in _MOMENTS
+        ), shard_rows=256),
+        LayerKind("clip", "caption", ("text_encoder", "tokenizer"), (
+            Field("pooled_prompt_embeds", "as encoded", "768", "CLIP's pooled output of 77 tokens"),
+        ), shard_rows=4096),
+        LayerKind("t5", "caption", ("text_encoder_2", "tokenizer_2"), (
+            Field("prompt_embeds", "as encoded", "L 4096", "T5's output; no mask is applied, so padding is content"),
+        ), shard_rows=64),
+    )  # fmt: skip
+
+    # Stage 1
+
+    def encoder_recipe(self, layer: LayerKind, model: ModelFolder, text_length: int) -> dict[str, Any]:
+        recipe: dict[str, Any] = {
+            "family": self.name,
+            "encoder": {component: model.sha256(component) for component in layer.components},
+        }
+        if layer.components[0] == "vae":
+            config = model.config("vae")
+            recipe["shift"], recipe["scale"] = config["shift_factor"], config["scaling_factor"]
+            # Training loads the decoder alone and recognises by this that it belongs to the latents.
+            recipe["decoder_sha256"] = decoder_sha256(model)
+        if layer.name == "t5":
+            recipe["text_length"] = text_length
+        return recipe
+
+    def open_encoder(
+        self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype, text_length: int
+    ) -> Encode:
+        if layer.components[0] == "vae":
+            return _open_vae_encoder(model, device, dtype)
+        if layer.name == "clip":
+            return _open_clip(model, device, dtype)
+        return _open_t5(model, device, dtype, text_length)
+
+    def row_bytes(self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int) -> int:
+        if layer.name == "t5":
+            numbers = text_length * model.config("text_encoder_2")["d_model"]
+        elif layer.name == "clip":
+            numbers = model.config("text_encoder")["hidden_size"]
+        else:
+            numbers = 2 * 16 * pixels // 64
+        return numbers * dtype.itemsize + 1024  # two tar blocks: the member's header, and the tensors' own
+
+    def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
+        tokenizer = _t5_tokenizer(model)
+        ids = tokenizer(list(captions), truncation=False, verbose=False).input_ids
+        return sum(len(tokens) > text_length for tokens in ids)
+
+    # Stage 2
+
+    def check_base(
+        self, model: ModelFolder, fields: Mapping[str, tuple[int, ...]], recipes: Mapping[str, Any]
+    ) -> str | None:
+        config = model.config("transformer")
+        if (found := config.get("_class_name")) != self.base_class:
+            raise UserError(f"this cache is for {self.name}, but model {model.name} has a {found}")
+        facts = {
+            "latents.mean": (0, config["in_channels"] // 4, "latent channels"),
+            "t5.prompt_embeds": (1, config["joint_attention_dim"], "features of the T5 embeddings"),
+            "clip.pooled_prompt_embeds": (0, config["pooled_projection_dim"], "features of the CLIP embedding"),
+        }
+        for field, (axis, expected, what) in facts.items():
+            if (cached := fields[field][axis]) != expected:
+                raise UserError(
+                    f"this cache was made for another model: it has {cached} {what}, "
+                    f"{model.name} takes {expected}; preprocess again with MODEL={model.name}"
+                )
+        if not model.has("vae"):
+            return f"model {model.name} has no vae folder: no pictures will be made while training"
+        stated = recipes["latents"].get("decoder_sha256")
+        if (found := decoder_sha256(model)) != stated:
+            raise UserError(
+                f"this cache was encoded with another VAE than the one in {model.name} (decoder {found[:8]}, cache "
+                f"{str(stated)[:8]}); preprocess again with MODEL={model.name}, or train on the model it was made with"
+            )
+        return None
+
+    def load_base(self, model: ModelFolder, dtype: torch.dtype) -> torch.nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        model.weights("transformer")
+        return FluxTransformer2DModel.from_pretrained(model.path / "transformer", torch_dtype=dtype).eval()
+
+    def max_depth(self, model: ModelFolder) -> tuple[int, int]:
+        config = model.config("transformer")
+        return config["num_layers"], config["num_single_layers"]
+
+    def make_controlnet(
+        self, base: torch.nn.Module, num_layers: int, num_single_layers: int, embedder: Literal["copy", "zero"]
+    ) -> torch.nn.Module:
+        from diffusers import FluxControlNetModel
+
+        # diffusers defaults these two to FLUX.1-dev's own; taken from the base they fit any base.
+        controlnet = FluxControlNetModel.from_transformer(
+            base,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=base.config["attention_head_dim"],
+            num_attention_heads=base.config["num_attention_heads"],
+        ).to(next(base.parameters()).dtype)
+        if embedder == "copy":
+            # With both ends zero no gradient reaches the condition until the output layers have moved. The outputs
+            # stay zero, so the first step is the same exact no-op.
+            with torch.no_grad():
+                controlnet.controlnet_x_embedder.weight.copy_(base.x_embedder.weight)
+        _assert_copied(controlnet, base)
+        return controlnet
+
+    def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:
+        from diffusers import FluxControlNetModel
+
+        path = Path(source).expanduser()
+        folder = path if path.is_dir() else resolve_controlnet(source)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} holds no ControlNet: config.json is missing")
+        return FluxControlNetModel.from_pretrained(folder, torch_dtype=dtype)
+
+    def check_controlnet(self, controlnet: torch.nn.Module, base: torch.nn.Module, control_mode: int | None) -> None:
+        for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "num_attention_heads"):
+            theirs, ours = controlnet.config[key], base.config[key]
+            if theirs != ours:
+                raise UserError(f"the ControlNet to start from does not fit the base: its {key} is {theirs}, not {ours}")
+        if controlnet.input_hint_block is not None:
+            raise UserError("the ControlNet to start from takes pixels (an XLabs model); only latents are cached for FLUX")
+        num_modes = controlnet.config["num_mode"]
+        if num_modes is not None and (control_mode is None or not 0 <= control_mode < num_modes):
+            raise UserError(
+                f"the ControlNet to start from is a union of {num_modes} modes: set control_mode from 0 to {num_modes - 1}"
+            )
+        if num_modes is None and control_mode is not None:
+            raise UserError("control_mode is set, but this ControlNet is not a union: leave it out")
+
+    def model_latents(
+        self,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        recipe: Mapping[str, Any],
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        latents = mean.float()
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
+            latents = latents + std.float() * noise
+        return pack((latents - recipe["shift"]) * recipe["scale"]).to(dtype)
+
+    def inputs(self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype) -> Inputs:
+        prompt_embeds = batch.tensors["t5.prompt_embeds"].to(dtype)
+        device = prompt_embeds.device
+        embeds = {
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": batch.tensors["clip.pooled_prompt_embeds"].to(dtype),
+            "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=device),
+            "img_ids": image_ids(batch.height // 8, batch.width // 8).to(device=device, dtype=torch.float32),
+        }
+        return Inputs(condition=condition, embeds=embeds, height=batch.height, width=batch.width)
+
+    def residuals(
+        self, controlnet: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, guidance: float,
+        control_mode: int | None, scale: float = 1.0,
+    ) -> Any:  # fmt: skip
+        assert inputs.condition is not None
+        mode = None
+        if control_mode is not None:
+            mode = torch.full((len(x_t), 1), control_mode, device=x_t.device, dtype=torch.long)
+        return controlnet(
+            hidden_states=x_t,
+            controlnet_cond=inputs.condition,
+            controlnet_mode=mode,
+            conditioning_scale=scale,
+            timestep=t,
+            guidance=_guidance(guidance, t),
+            return_dict=False,
+            **inputs.embeds,
+        )
+
+    def predict(
+        self, base: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, guidance: float, residuals: Any
+    ) -> torch.Tensor:
+        double, single = residuals if residuals is not None else (None, None)
+        return base(
+            hidden_states=x_t,
+            timestep=t,
+            guidance=_guidance(guidance, t) if base.config["guidance_embeds"] else None,
+            controlnet_block_samples=double,
+            controlnet_single_block_samples=single,
+            return_dict=False,
+            **inputs.embeds,
+        )[0]
+
+    def sample(
+        self,
+        model: ModelFolder,
+        noise: torch.Tensor,
+        num_steps: int,
+        step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if model.has("scheduler"):
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model.path / "scheduler")
+        else:  # FLUX.1-dev's own settings
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        scheduler.set_timesteps(
+            sigmas=np.linspace(1.0, 1 / num_steps, num_steps),
+            device=noise.device,
+            mu=resolution_shift(noise.shape[1], scheduler.config) if scheduler.config["use_dynamic_shifting"] else None,
+        )
+        x_t = noise
+        for timestep in scheduler.timesteps:
+            t = timestep.expand(len(x_t)).to(x_t.dtype) / 1000
+            x_t = scheduler.step(step(x_t, t), timestep, x_t, return_dict=False)[0]
+        return x_t
+
+    def open_decoder(self, model: ModelFolder, device: str, dtype: torch.dtype) -> Decode:
+        from diffusers import AutoencoderKL
+
+        config = model.config("vae")
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(config)
+        del vae.encoder, vae.quant_conv
+        weights = {
+            name: tensor
+            for prefix in ("decoder.", "post_quant_conv.")
+            for name, tensor in model.tensors("vae", prefix)
+        }
+        vae.load_state_dict(weights, assign=True)
+        vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+        @torch.no_grad()
+        def decode(x_0: torch.Tensor, height: int, width: int) -> torch.Tensor:
+            latents = unpack(x_0, height // 8, width // 8).to(device=device, dtype=dtype)
+            pixels = vae.decode(latents / config["scaling_factor"] + config["shift_factor"], return_dict=False)[0]
+            return (pixels.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+        return decode
+
+    def tiny(self, folder: Path, seed: int = 0) -> Path:
+        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+        clip_tokenizer, t5_tokenizer = _tiny_tokenizers()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            FluxPipeline(
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+                vae=AutoencoderKL(
+                    latent_channels=16, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
+                    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                    scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+                ),
+                text_encoder=CLIPTextModel(CLIPTextConfig(
+                    vocab_size=len(clip_tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=1,
+                    num_attention_heads=2, projection_dim=24, bos_token_id=clip_tokenizer.bos_token_id,
+                    eos_token_id=clip_tokenizer.eos_token_id, pad_token_id=clip_tokenizer.pad_token_id,
+                )),
+                tokenizer=clip_tokenizer,
+                text_encoder_2=T5EncoderModel(T5Config(
+                    vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4,
+                    feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+                )),
+                tokenizer_2=t5_tokenizer,
+                transformer=FluxTransformer2DModel(
+                    in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+                    joint_attention_dim=32, pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+                ),
+            ).save_pretrained(folder)  # fmt: skip
+        return folder
+
+
+def _tiny_tokenizers() -> tuple[Any, Any]:
+    """A CLIP tokenizer of single bytes and a T5 tokenizer of single characters."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *(f"{letter}</w>" for letter in alphabet), *special])}
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(code), -8.0) for code in range(33, 127)]
+    return (
+        CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
+        T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512),
+    )
+
+
+def _guidance(guidance: float, t: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(t),), guidance, device=t.device, dtype=torch.float32)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(B, 16, h, w) -> (B, h/2 * w/2, 64): each token is a 2x2 patch, channels outermost."""
+    B, c, h, w = latents.shape
+    patches = latents.view(B, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(B, (h // 2) * (w // 2), c * 4)
+
+
+def unpack(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """(B, h/2 * w/2, 64) -> (B, 16, h, w): the inverse of `pack`."""
+    B, _, C = tokens.shape
+    patches = tokens.view(B, h // 2, w // 2, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(B, C // 4, h, w)
+
+
+def image_ids(h: int, w: int) -> torch.Tensor:
+    """(h/2 * w/2, 3) positions of the image tokens for the rotary embedding: (0, row, column)."""
+    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+
+
+def resolution_shift(num_tokens: int, scheduler: Mapping[str, Any]) -> float:
+    """mu of the time shift: linear in the number of image tokens, through the scheduler's two anchors."""
+    n_0, n_1 = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
+    mu_0, mu_1 = scheduler["base_shift"], scheduler["max_shift"]
+    return mu_0 + (num_tokens - n_0) * (mu_1 - mu_0) / (n_1 - n_0)
+
+
+def decoder_sha256(model: ModelFolder) -> str:
+    """Digest of the VAE's decoder tensors alone."""
+    return tensors_sha256(model.tensors("vae", "decoder."))
+
+
+def resolve_controlnet(source: str) -> Path:
+    """A ControlNet's folder from a hub id (its files lie at the top of the repository)."""
+    return resolve(source, components=(), extra=("*.json", "*.safetensors")).path
+
+
+def _assert_copied(controlnet: torch.nn.Module, base: torch.nn.Module) -> None:
+    """Every tensor that the ControlNet shares with the base by name is equal to it: diffusers loads the blocks with
+    `strict=False`, which from a quantized base would silently leave random ones."""
+    ours, theirs = controlnet.state_dict(), base.state_dict()
+    own = ("controlnet_blocks.", "controlnet_single_blocks.", "controlnet_x_embedder.", "controlnet_mode_embedder.")
+    for name, tensor in ours.items():
+        if not name.startswith(own):
+            assert name in theirs, f"the base has no '{name}' to copy: was it quantized before?"
+            assert torch.equal(tensor.cpu(), theirs[name].cpu()), f"'{name}' was not copied from the base"
+
+
+def _open_vae_encoder(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+    from diffusers import AutoencoderKL
+
+    model.weights("vae")
+    vae = AutoencoderKL.from_pretrained(model.path / "vae").to(device=device, dtype=dtype).eval().requires_grad_(False)
+    del vae.decoder
+
+    @torch.no_grad()
+    def encode(images: np.ndarray) -> Tensors:
+        lead = images.shape[:-3]  # (B,) or, for a condition with several drawings, (B, R)
+        pixels = torch.from_numpy(images).flatten(0, -4).permute(0, 3, 1, 2)
+        # The pipelines' own preprocessing: [0, 1] in fp32, then [-1, 1], then the VAE's precision.
+        pixels = (2.0 * (pixels.float() / 255.0) - 1.0).to(device=device, dtype=dtype)
+        posterior = vae.encode(pixels).latent_dist
+        return {
+            name: moment.cpu().unflatten(0, lead) for name, moment in (("mean", posterior.mean), ("std", posterior.std))
+        }
+
+    return encode
+
+
+def _open_clip(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    model.weights("text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(model.path / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(model.path / "text_encoder", dtype=dtype).to(device).eval()
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Tensors:
+        ids = tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return {"pooled_prompt_embeds": encoder(ids.to(device)).pooler_output.to(dtype).cpu()}
+
+    return encode
+
+
+def _t5_tokenizer(model: ModelFolder) -> Any:
+    from transformers import T5TokenizerFast
+
+    return T5TokenizerFast.from_pretrained(model.path / "tokenizer_2")
+
+
+def _open_t5(model: ModelFolder, device: str, dtype: torch.dtype, text_length: int) -> Encode:
+    from transformers import T5EncoderModel
+
+    model.weights("text_encoder_2")
+    tokenizer = _t5_tokenizer(model)
+    encoder = T5EncoderModel.from_pretrained(model.path / "text_encoder_2", dtype=dtype).to(device).eval()
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Tensors:
+        ids = tokenizer(
+            captions, padding="max_length", max_length=text_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return {"prompt_embeds": encoder(ids.to(device))[0].to(dtype).cpu()}
+
+    return encode
+
+
+FAMILY = Flux()
+
+__all__ = ["FAMILY", "Flux", "image_ids", "pack", "resolution_shift", "unpack"]

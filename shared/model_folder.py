@@ -1,0 +1,144 @@
+"""A pretrained pipeline in diffusers' folder layout, local or on the Hugging Face hub: where its parts are, what they hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from shared.errors import UserError
+
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt")
+"""What a component folder may hold that we load: never a pickle."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A pipeline's folder on this machine: `path/vae`, `path/transformer`, ..."""
+
+    name: str
+    """As the user gave it: a local path or a hub id."""
+    revision: str | None
+    """The hub's commit; None for a local folder."""
+    path: Path
+
+    def component(self, name: str, *files: str) -> Path:
+        """The folder of a component, with these files in it. Raises `UserError` naming what is missing."""
+        folder = self.path / name
+        missing = [file for file in ("config.json", *files) if not (folder / file).is_file()]
+        if not folder.is_dir():
+            there = ", ".join(sorted(child.name for child in self.path.iterdir() if child.is_dir())) or "nothing"
+            raise UserError(f"model {self.name} has no folder '{name}' (it has: {there}); expected the layout of FLUX.1-dev")
+        if missing and not name.startswith("tokenizer"):
+            raise UserError(f"model {self.name}: {folder} lacks {', '.join(missing)}")
+        return folder
+
+    def has(self, name: str) -> bool:
+        """Whether the component's folder is there with something in it."""
+        return (self.path / name).is_dir() and any((self.path / name).iterdir())
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The component's `config.json`."""
+        path = self.component(name) / "config.json"
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); download the model again") from error
+
+    def weights(self, name: str) -> list[Path]:
+        """The safetensors files of a component. Raises `UserError` where there are none."""
+        files = sorted(self.component(name).glob("*.safetensors"))
+        if not files:
+            raise UserError(
+                f"model {self.name}: {self.path / name} holds no .safetensors file; weights in other formats "
+                "(.bin, .ckpt) are not read, since loading them can run code"
+            )
+        return files
+
+    def sha256(self, name: str) -> str:
+        """Digest of all that a component computes with: its configuration, vocabulary and weights, by content."""
+        folder = self.component(name) if not name.startswith("tokenizer") else self.path / name
+        if not folder.is_dir():
+            raise UserError(f"model {self.name} has no folder '{name}'")
+        running = hashlib.sha256()
+        for file in sorted(folder.iterdir()):
+            if any(file.match(pattern) for pattern in _PATTERNS):
+                running.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+        return running.hexdigest()
+
+    def tensor_names(self, name: str) -> list[str]:
+        """The tensors in a component's weights, sorted."""
+        return sorted(key for file in self.weights(name) for key in _open(file).keys())  # noqa: SIM118
+
+    def tensors(self, name: str, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of a component's weights that begin with `prefix`, one at a time, sorted within each file."""
+        for file in self.weights(name):
+            with _open(file) as opened:
+                for key in sorted(opened.keys()):
+                    if key.startswith(prefix):
+                        yield key, opened.get_tensor(key)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # safetensors raises its own Rust error class, which has no public name
+        raise UserError(f"{file} cannot be read ({error}); download the model again") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file. A file of the hub's local cache already carries it as its name."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
+    """Digest of named tensors: names, dtypes, shapes, bytes."""
+    running = hashlib.sha256()
+    for name, tensor in tensors:
+        running.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        running.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return running.hexdigest()
+
+
+def resolve(
+    name: str, components: Sequence[str], revision: str | None = None, extra: Sequence[str] = ("model_index.json",)
+) -> ModelFolder:
+    """Find a model: a local folder as it is, a hub id through its local cache, downloading only these components
+    (and the `extra` file patterns).
+
+    Raises `UserError` for a folder that is none, an unknown or gated repository, or no network.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelFolder(name=name, revision=None, path=path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"no such model: '{name}' is neither a folder on this machine nor a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [*extra, *(f"{part}/{pattern}" for part in components for pattern in _PATTERNS)]
+    try:
+        local = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UserError(
+            f"model {name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"model {name} is not on the hub, or is private: run `hf auth login`, or check the name") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model {name} is neither a folder here nor can it be fetched from the hub (is there a network?): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return ModelFolder(name=name, revision=local.name, path=local)

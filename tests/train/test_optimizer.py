@@ -1,0 +1,530 @@
+"""Updates arrive, state survives: AdamW in both kinds over both dtypes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from shared.errors import UserError
+from train.optimizer import Optimizer, OptimizerOptions, learning_rate, stochastic_round_
+
+KINDS = ["adamw", "adamw8bit"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def parameter(*shape: int, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
+    return torch.nn.Parameter((torch.randn(shape, generator=generator(seed)) * std).to(dtype))
+
+
+def network(dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
+    """Two tensors large enough for 8-bit states, two that are not, and one that never gets a gradient."""
+    return {
+        "blocks.0.weight": parameter(72, 64, seed=1, dtype=dtype),
+        "blocks.0.bias": parameter(72, seed=2, dtype=dtype),
+        "blocks.1.weight": parameter(64, 65, seed=3, dtype=dtype),
+        "scale": parameter(seed=4, dtype=dtype),
+        "idle": parameter(5, seed=5, dtype=dtype),
+    }
+
+
+def set_gradients(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
+    draw = generator(seed)
+    for name, weight in parameters.items():
+        if name != "idle":
+            weight.grad = torch.randn(weight.shape, generator=draw).to(weight.dtype)
+
+
+def options(**changes: Any) -> OptimizerOptions:
+    made = OptimizerOptions(**changes)
+    made.check()
+    return made
+
+
+def run(optimizer: Optimizer, steps: range, draw: torch.Generator) -> None:
+    for step in steps:
+        set_gradients(optimizer.parameters, seed=100 + step)
+        optimizer.step(1e-3 / (1 + step), draw)
+        optimizer.zero_grad()
+
+
+def inner_memory(optimizer: Optimizer) -> int:
+    """Bytes of everything the inner optimizers hold as parameters beside the model's own weights."""
+    own = {id(weight) for weight in optimizer.parameters.values()}
+    held = [stepped for bucket in optimizer._buckets for stepped in bucket.stepped if id(stepped) not in own]
+    return sum(stepped.untyped_storage().nbytes() for stepped in held)
+
+
+# --- stochastic rounding --------------------------------------------------------------------------------------------
+
+
+def test_stochastic_rounding_is_16_random_bits_added_and_16_bits_cut_off() -> None:
+    x = torch.randn(37, 11, generator=generator(1)) * torch.logspace(-30, 30, 11)
+    noise = torch.randint(0, 65536, x.shape, generator=generator(2), dtype=torch.int32)
+    bits = x.view(torch.int32).long() & 0xFFFFFFFF
+    rounded = stochastic_round_(x.clone(), generator(2))
+    assert (rounded.shape, rounded.dtype) == (x.shape, torch.bfloat16)
+    assert torch.equal(rounded.float().view(torch.int32).long() & 0xFFFFFFFF, (bits + noise) & 0xFFFF0000)
+
+
+def test_stochastic_rounding_is_right_on_average_and_only_ever_a_neighbour() -> None:
+    values = torch.tensor([0.02, -0.02, 0.0200001, 1.0039, -3.1e-5, 1234.5])
+    draws = 100_000
+    rounded = stochastic_round_(values.expand(draws, -1).contiguous(), generator()).double()
+    bits = values.view(torch.int32)
+    down = (bits & -65536).view(torch.float32).double()
+    up = ((bits & -65536) + 65536).view(torch.float32).double()
+    assert ((rounded == down) | (rounded == up)).all()
+    standard_error = (up - down).abs() / 2 / math.sqrt(draws)
+    assert ((rounded.mean(0) - values.double()).abs() < 4 * standard_error).all()
+
+
+def test_stochastic_rounding_never_changes_a_value_that_bf16_holds() -> None:
+    every_bf16 = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = every_bf16[~every_bf16.isnan()]  # infinities, both zeros and subnormal numbers among them
+    for seed in range(8):
+        rounded = stochastic_round_(numbers.float(), generator(seed))
+        assert torch.equal(rounded.view(torch.int16), numbers.view(torch.int16))
+
+
+def test_stochastic_rounding_keeps_every_nan_a_nan_and_infinities_infinite() -> None:
+    odd = [0x7FFFFFFF, 0x7F800001, 0x7FC00000, 0x7F80FFFF, -1, -0x7FFFFF, -0x400000, 0x7F800000, -0x800000]
+    for seed in range(8):
+        rounded = stochastic_round_(torch.tensor(odd, dtype=torch.int32).view(torch.float32), generator(seed))
+        assert rounded[:7].isnan().all()
+        assert rounded[7:].tolist() == [math.inf, -math.inf]
+
+
+def test_stochastic_rounding_repeats_with_its_seed_and_handles_scalars_and_nothing() -> None:
+    x = torch.randn(1000, generator=generator(1))
+    assert torch.equal(stochastic_round_(x.clone(), generator(3)), stochastic_round_(x.clone(), generator(3)))
+    assert not torch.equal(stochastic_round_(x.clone(), generator(3)), stochastic_round_(x.clone(), generator(4)))
+    assert stochastic_round_(torch.tensor(1.5), generator()).item() == 1.5
+    assert stochastic_round_(torch.empty(0, 3), generator()).shape == (0, 3)
+
+
+# --- updates arrive -------------------------------------------------------------------------------------------------
+
+
+def kept_drift(num_steps: int, **changes: Any) -> float:
+    """The share of `num_steps` equal updates of 2e-5 that bf16 weights of std 0.02 have made in the end."""
+    weight = parameter(64, 64, dtype=torch.bfloat16)
+    start = weight.detach().double().clone()
+    optimizer = Optimizer(options(weight_decay=0, **changes), {"weight": weight})
+    direction = torch.randn(64, 64, generator=generator(1)).sign()
+    draw = generator(2)
+    weight.grad = direction.bfloat16()
+    for _ in range(num_steps):
+        optimizer.step(2e-5, draw)
+    return ((start - weight.detach().double()) * direction).mean().item() / (num_steps * 2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stochastic_rounding_keeps_a_drift_of_1000_small_updates(kind: str) -> None:
+    assert kept_drift(1000, kind=kind) == pytest.approx(1, abs=0.03)
+
+
+def test_rounding_to_nearest_loses_most_of_that_drift() -> None:
+    assert kept_drift(1000, kind="adamw", rounding="nearest") < 0.2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_kinds_converge_on_least_squares(kind: str, dtype: torch.dtype) -> None:
+    inputs, solution = torch.randn(256, 64, generator=generator(1)), parameter(64, 64, seed=2, std=1.0).detach()
+    weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    bias = torch.nn.Parameter(torch.zeros(64, dtype=dtype))
+    optimizer = Optimizer(options(kind=kind, weight_decay=0, beta2=0.99), {"weight": weight, "bias": bias})
+    schedule = options(learning_rate=0.1, schedule="cosine", warmup_steps=10)
+    draw = generator(3)
+    for step in range(300):
+        loss = (inputs @ weight.float() + bias.float() - inputs @ solution - 1).square().mean()
+        loss.backward()
+        optimizer.step(learning_rate(schedule, step, 300), draw)
+        optimizer.zero_grad()
+    assert loss.item() < (1e-6 if dtype == torch.float32 else 2e-3)  # from 63; bf16 rounded to nearest: 6e-3
+
+
+def test_float32_adamw_is_torch_s_adamw() -> None:
+    ours, reference = network(torch.float32), network(torch.float32)
+    optimizer = Optimizer(options(kind="adamw", beta2=0.95, weight_decay=0.1), ours)
+    torch_s = torch.optim.AdamW(reference.values(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(5):
+        set_gradients(ours, step)
+        set_gradients(reference, step)
+        optimizer.step(1e-3, None)
+        torch_s.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], reference[name], rtol=1e-6, atol=1e-8)
+
+
+def test_float32_adamw8bit_is_bitsandbytes_s_and_small_tensors_are_exact_adamw() -> None:
+    import bitsandbytes
+
+    large, small = parameter(64, 64), parameter(64, 63)
+    reference_large, reference_small = parameter(64, 64), parameter(64, 63)
+    optimizer = Optimizer(options(), {"large": large, "small": small})
+    references = [bitsandbytes.optim.AdamW8bit([reference_large], lr=1e-3), torch.optim.AdamW([reference_small])]
+    for step in range(5):
+        for weight, reference in ((large, reference_large), (small, reference_small)):
+            weight.grad = torch.randn(weight.shape, generator=generator(step))
+            reference.grad = weight.grad.clone()
+        optimizer.step(1e-3, None)
+        for of_library in references:
+            of_library.step()
+    assert torch.equal(large, reference_large)
+    torch.testing.assert_close(small, reference_small, rtol=1e-6, atol=1e-8)
+    assert optimizer.state()[0]["large.state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bf16_step_is_the_float32_step_rounded_to_a_neighbour(kind: str) -> None:
+    half, full = network(torch.bfloat16), network(torch.bfloat16)
+    full = {name: torch.nn.Parameter(weight.detach().float()) for name, weight in full.items()}
+    set_gradients(half, 1)
+    for name, weight in full.items():
+        gradient = half[name].grad
+        weight.grad = None if gradient is None else gradient.float()
+    before = {name: weight.detach().clone() for name, weight in half.items()}
+    Optimizer(options(kind=kind), half).step(1e-3, generator())
+    Optimizer(options(kind=kind), full).step(1e-3, None)
+    for name, weight in half.items():
+        bits = full[name].detach().view(-1).view(torch.int32) & -65536
+        down, up = bits.view(torch.float32), (bits + 65536).view(torch.float32)
+        stepped = weight.detach().float().view(-1)
+        assert ((stepped == down) | (stepped == up)).all()
+        assert torch.equal(weight, before[name]) == (name == "idle")
+
+
+def test_weights_of_both_dtypes_are_trained_together() -> None:
+    weights = {"half": parameter(8, 8, dtype=torch.bfloat16), "full": parameter(8, 8)}
+    set_gradients(weights, 1)
+    share = Optimizer(options(kind="adamw"), weights).step(1e-2, generator(), share_updated=True)
+    assert share is not None
+    assert share.item() == 1.0
+    assert (weights["half"].dtype, weights["full"].dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transposed_weight_is_stepped_as_any_other(kind: str) -> None:
+    plain = parameter(64, 80, dtype=torch.bfloat16)
+    transposed = torch.nn.Parameter(plain.detach().t().contiguous().t())
+    gradient = torch.randn(64, 80, generator=generator(1)).bfloat16()
+    for weight in (plain, transposed):
+        weight.grad = gradient.clone()
+        Optimizer(options(kind=kind), {"weight": weight}).step(1e-2, generator(2))
+    assert torch.equal(plain, transposed)
+
+
+def test_float32_copies_live_only_during_the_step_and_only_one_bucket_at_a_time() -> None:
+    weights = {f"{n}": parameter(32, 32, seed=n, dtype=torch.bfloat16) for n in range(10)}
+    weights["largest"] = parameter(64, 64, dtype=torch.bfloat16)
+    optimizer = Optimizer(options(kind="adamw"), weights)
+    for bucket in optimizer._buckets:
+        assert sum(weight.numel() for weight in bucket.weights) <= weights["largest"].numel()
+    assert sorted(name for bucket in optimizer._buckets for name in bucket.names) == sorted(weights)
+    assert inner_memory(optimizer) == 0
+    during: list[int] = []
+    for bucket in optimizer._buckets:
+        bucket.inner.register_step_post_hook(lambda *_: during.append(inner_memory(optimizer)))
+    set_gradients(weights, 1)
+    optimizer.step(1e-3, generator())
+    assert len(during) == len(optimizer._buckets)
+    assert max(during) == 4 * weights["largest"].numel()
+    assert inner_memory(optimizer) == 0
+    assert all(stepped.grad is None for bucket in optimizer._buckets for stepped in bucket.stepped)
+
+
+def test_the_share_of_changed_weights_tells_lost_updates_from_made_ones() -> None:
+    def share(learning_rate: float, **changes: Any) -> float:
+        weight = parameter(64, 64, dtype=torch.bfloat16)
+        weight.grad = torch.randn(64, 64, generator=generator(1)).bfloat16()
+        optimizer = Optimizer(options(kind="adamw", weight_decay=0, **changes), {"weight": weight})
+        before = weight.detach().clone()
+        changed = optimizer.step(learning_rate, generator(), share_updated=True)
+        assert changed is not None
+        assert changed.item() == pytest.approx((before != weight).float().mean().item())
+        return changed.item()
+
+    assert share(1.0) == 1.0
+    assert share(2e-5, rounding="nearest") < share(2e-5)
+
+
+def test_the_share_counts_all_weights_and_is_computed_only_on_request() -> None:
+    weights = {"moving": parameter(30), "idle": parameter(70)}
+    optimizer = Optimizer(options(kind="adamw"), weights)
+    set_gradients(weights, 1)
+    assert optimizer.step(1e-2, None) is None
+    share = optimizer.step(1e-2, None, share_updated=True)
+    assert share is not None
+    assert share.item() == pytest.approx(0.3)
+    optimizer.zero_grad()
+    assert weights["moving"].grad is None
+    nothing = optimizer.step(1e-2, None, share_updated=True)
+    assert nothing is not None
+    assert nothing.item() == 0
+
+
+# --- clipping -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clip_returns_the_global_norm_and_scales_down_to_the_limit(dtype: torch.dtype) -> None:
+    weights = network(dtype)
+    set_gradients(weights, 1)
+    optimizer = Optimizer(options(), weights)
+    before = {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
+    expected = math.sqrt(sum(gradient.double().square().sum().item() for gradient in before.values()))
+    norm = optimizer.clip(1.0)
+    assert (norm.shape, norm.dtype) == ((), torch.float32)
+    assert norm.item() == pytest.approx(expected, rel=1e-5)  # also for bf16 gradients: summed in float32
+    for name, gradient in before.items():
+        torch.testing.assert_close(weights[name].grad, (gradient.double() / expected).to(dtype))
+    assert optimizer.clip(0).item() == pytest.approx(1, rel=2e-3)
+
+
+def test_clip_leaves_small_gradients_and_with_0_all_gradients() -> None:
+    weights = network(torch.float32)
+    set_gradients(weights, 1)
+    optimizer = Optimizer(options(), weights)
+    before = {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
+    optimizer.clip(0)
+    optimizer.clip(1e9)
+    assert all(torch.equal(gradient, weights[name].grad) for name, gradient in before.items())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_clip_shows_a_gradient_that_is_not_finite(bad: float) -> None:
+    weights = network(torch.bfloat16)
+    set_gradients(weights, 1)
+    gradient = weights["blocks.0.bias"].grad
+    assert gradient is not None
+    gradient[3] = bad
+    assert not torch.isfinite(Optimizer(options(), weights).clip(1.0))
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_training_is_bitwise_the_training_that_never_stopped(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    through, draw = Optimizer(options(kind=kind), network(dtype)), generator(9)
+    run(through, range(10), draw)
+
+    stopped, draw = Optimizer(options(kind=kind), network(dtype)), generator(9)
+    run(stopped, range(4), draw)
+    tensors, meta = stopped.state()
+    safetensors.torch.save_file(tensors, tmp_path / "optimizer.safetensors")  # so: no pickle, no shared memory
+    (tmp_path / "optimizer.json").write_text(json.dumps(meta))
+    weights = {name: torch.nn.Parameter(weight.detach().clone()) for name, weight in stopped.parameters.items()}
+    position = draw.get_state()
+    run(stopped, range(4, 6), draw)  # what happens to the stopped run afterwards does not matter
+
+    resumed, draw = Optimizer(options(kind=kind), weights), torch.Generator()
+    draw.set_state(position)
+    loaded = safetensors.torch.load_file(tmp_path / "optimizer.safetensors")
+    resumed.load_state(loaded, json.loads((tmp_path / "optimizer.json").read_text()))
+    run(resumed, range(4, 10), draw)
+
+    for name, weight in through.parameters.items():
+        assert torch.equal(weight, resumed.parameters[name]), name
+    (expected, expected_meta), (actual, actual_meta) = through.state(), resumed.state()
+    assert expected_meta == actual_meta
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_a_copy_that_training_does_not_touch_on_either_side(kind: str, dtype: torch.dtype) -> None:
+    first, second = Optimizer(options(kind=kind), network(dtype)), Optimizer(options(kind=kind), network(dtype))
+    run(first, range(2), generator())
+    tensors, meta = first.state()
+    kept = {key: tensor.clone() for key, tensor in tensors.items()}
+    second.load_state(tensors, meta)
+    run(first, range(2, 4), generator())
+    run(second, range(2, 4), generator())
+    assert all(torch.equal(kept[key], tensors[key]) for key in kept)
+
+
+def test_state_names_its_parts_and_a_parameter_without_gradient_has_none() -> None:
+    optimizer = Optimizer(options(), network(torch.bfloat16))
+    assert optimizer.state()[0] == {}
+    run(optimizer, range(3), generator())
+    tensors, meta = optimizer.state()
+    of_large = {"state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"}
+    of_small = {"step", "exp_avg", "exp_avg_sq"}
+    names = {"blocks.0.weight": of_large, "blocks.0.bias": of_small, "blocks.1.weight": of_large, "scale": of_small}
+    assert tensors.keys() == {f"{name}.{key}" for name, keys in names.items() for key in keys}
+    assert tensors["blocks.0.weight.state1"].shape == (72, 64)
+    assert meta["kind"] == "adamw8bit"
+    assert meta["parameters"]["blocks.0.weight"]["numbers"] == {"step": 3}
+    assert meta["parameters"]["idle"] == {"shape": [5], "tensors": [], "numbers": {}}
+
+
+def test_loading_replaces_state_that_is_there_and_keeps_this_run_s_settings() -> None:
+    fresh, used = Optimizer(options(), network(torch.float32)), Optimizer(options(beta1=0.5), network(torch.float32))
+    run(used, range(3), generator())
+    used.load_state(*fresh.state())
+    assert used.state()[0] == {}
+    run(fresh, range(3), generator())
+    used.load_state(*fresh.state())
+    assert all(bucket.inner.param_groups[0]["betas"][0] == 0.5 for bucket in used._buckets)
+
+
+def saved() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    optimizer = Optimizer(options(kind="adamw"), network(torch.float32))
+    run(optimizer, range(1), generator())
+    return optimizer.state()
+
+
+def test_state_of_another_kind_is_refused() -> None:
+    with pytest.raises(UserError, match=r"is of kind 'adamw', but optimizer\.kind is 'adamw8bit'"):
+        Optimizer(options(kind="adamw8bit"), network(torch.float32)).load_state(*saved())
+
+
+def test_state_of_other_parameters_is_refused_and_they_are_named() -> None:
+    fewer = network(torch.float32)
+    del fewer["scale"]
+    with pytest.raises(UserError, match="of parameters that are not trained here: scale"):
+        Optimizer(options(kind="adamw"), fewer).load_state(*saved())
+    more = network(torch.float32) | {f"more.{n}": parameter(3) for n in range(5)}
+    with pytest.raises(UserError, match=r"missing for parameters: more\.0, more\.1, more\.2 and 2 more"):
+        Optimizer(options(kind="adamw"), more).load_state(*saved())
+    other = network(torch.float32) | {"scale": parameter(2)}
+    with pytest.raises(UserError, match=r"of another shape for: scale \(\), here \(2,\)"):
+        Optimizer(options(kind="adamw"), other).load_state(*saved())
+
+
+def test_damaged_state_is_refused_before_anything_is_changed() -> None:
+    tensors, meta = saved()
+    optimizer = Optimizer(options(kind="adamw"), network(torch.float32))
+    del tensors["scale.exp_avg"]
+    tensors["surplus"] = torch.zeros(1)
+    with pytest.raises(UserError, match=r"missing or unexpected: scale\.exp_avg, surplus"):
+        optimizer.load_state(tensors, meta)
+    assert optimizer.state()[0] == {}
+
+
+# --- schedule -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_the_learning_rate_rises_to_its_peak_over_the_warm_up(schedule: str) -> None:
+    chosen = options(learning_rate=1e-4, warmup_steps=10, schedule=schedule)
+    rates = [learning_rate(chosen, step, 100) for step in range(11)]
+    assert rates[:10] == pytest.approx([1e-5 * (step + 1) for step in range(10)])
+    assert rates[9] == rates[10] == 1e-4
+
+
+def test_constant_stays_at_the_peak() -> None:
+    assert {learning_rate(options(warmup_steps=0), step, 100) for step in (0, 50, 99, 1000)} == {2e-5}
+
+
+def test_linear_and_cosine_meet_the_peak_the_middle_and_the_final_fraction() -> None:
+    for schedule in ("linear", "cosine"):
+        chosen = options(learning_rate=1.0, warmup_steps=20, schedule=schedule, final_fraction=0.2)
+        rates = [learning_rate(chosen, step, 120) for step in (20, 70, 120, 500)]
+        assert rates == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    quarter = options(learning_rate=1.0, warmup_steps=0, schedule="cosine")
+    assert learning_rate(quarter, 25, 100) == pytest.approx(0.5 + math.sqrt(2) / 4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_falling_schedules_never_rise_after_the_warm_up_nor_reach_0_before_the_end(schedule: str) -> None:
+    chosen = options(schedule=schedule, warmup_steps=5)
+    rates = [learning_rate(chosen, step, 50) for step in range(5, 50)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] > 0
+
+
+def test_a_run_that_ends_within_its_warm_up_has_a_learning_rate() -> None:
+    chosen = options(learning_rate=1.0, warmup_steps=10, schedule="cosine")
+    assert [learning_rate(chosen, step, 4) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert learning_rate(chosen, 10, 10) == 1.0
+
+
+# --- options and refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kind": "adam8bit"}, "did you mean 'adamw8bit'"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"rounding": "up"}, "there is: nearest, stochastic"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0"),
+        ({"epsilon": 0.0}, "epsilon must be above 0"),
+        ({"beta1": 1.0}, "beta1 must be at least 0 and below 1"),
+        ({"beta2": math.nan}, "beta2 must be at least 0 and below 1"),
+        ({"weight_decay": -0.1}, r"weight_decay must be 0 \(no decay\) or more"),
+        ({"warmup_steps": -1}, "warmup_steps must be 0"),
+        ({"clip_norm": math.inf}, "clip_norm must be 0"),
+        ({"final_fraction": 1.1}, "final_fraction must be from 0 to 1"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        OptimizerOptions(**changes).check()
+
+
+def test_options_without_effect_are_named() -> None:
+    assert OptimizerOptions().unused() == []
+    assert OptimizerOptions(final_fraction=0.1).unused() == ["final_fraction"]
+    assert OptimizerOptions(final_fraction=0.1, schedule="linear").unused() == []
+
+
+def test_weights_of_a_dtype_that_cannot_be_trained_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'half' is torch\.float16"):
+        Optimizer(options(), {"half": torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))})
+
+
+def test_frozen_doubled_or_no_parameters_and_missing_gradients_are_caught() -> None:
+    weight = parameter(3)
+    with pytest.raises(AssertionError, match="nothing to train"):
+        Optimizer(options(), {})
+    with pytest.raises(AssertionError, match="two names"):
+        Optimizer(options(), {"a": weight, "b": weight})
+    with pytest.raises(AssertionError, match="no gradients"):
+        Optimizer(options(), {"a": weight}).clip(1.0)
+    weight.requires_grad_(False)
+    with pytest.raises(AssertionError, match="frozen"):
+        Optimizer(options(), {"a": weight})
+
+
+def test_stochastic_rounding_without_a_generator_is_caught() -> None:
+    weights = {"weight": parameter(3, dtype=torch.bfloat16)}
+    set_gradients(weights, 1)
+    with pytest.raises(AssertionError, match="generator"):
+        Optimizer(options(), weights).step(1e-3, None)
+
+
+def test_bitsandbytes_is_imported_only_when_8_bit_states_are_kept() -> None:
+    program = (
+        "import sys, torch\n"
+        "from train.optimizer import Optimizer, OptimizerOptions\n"
+        "Optimizer(OptimizerOptions(kind='adamw'), {'a': torch.nn.Parameter(torch.zeros(64, 64))})\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_missing_bitsandbytes_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="needs bitsandbytes"):
+        Optimizer(options(), {"weight": parameter(64, 64)})

@@ -1,0 +1,96 @@
+"""The options of the training stage, composed from those of its parts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shared.errors import UserError
+from train.adapters.controlnet import ControlNetOptions, parse_depth
+from train.checkpoints import CheckpointOptions
+from train.loader import LoaderOptions
+from train.objectives import ObjectiveOptions
+from train.optimizer import OptimizerOptions
+from train.quantize import Quantization
+from train.validation import ValidationOptions
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a ControlNet from a cache. Running the same command again resumes."""
+
+    cache: str = "cache"
+    """The cache that `make preprocess` made. Family, resolution, condition and precision come from it."""
+    name: str | None = None
+    """The run is kept in RUNS/NAME. Default: depth-<depth>."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    model: str | None = None
+    """The base: a folder in diffusers' layout or a hub id. Default: the one the cache was made with."""
+    revision: str | None = None
+    """Commit, branch or tag of a hub model."""
+    condition: str | None = None
+    """Which of the cache's conditions to train on. Default: the one it was made with last."""
+    depth: str = "2-4"
+    """num_layers-num_single_layers of the ControlNet. On FLUX.1-dev 2-4 has 1.35 B parameters, 5-10 has 3.3 B."""
+    steps: int = 10_000
+    """Optimizer steps. Raising it later continues the run."""
+    seed: int = 0
+    """Of the data order, the noise and the times. Two runs with the same seed see the same."""
+    base: Quantization = "int8"
+    """How the frozen base is held: int8 weights (12 GB for FLUX.1-dev) or as they are (24 GB in bf16)."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the computation. auto: bf16 on a GPU, fp32 on the CPU."""
+    checkpointing: bool = False
+    """Recompute activations in backward instead of keeping them: turn on where memory runs out."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where curves and pictures go beside metrics.jsonl. wandb has to be installed."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU where there is one."""
+    controlnet: ControlNetOptions = field(default_factory=ControlNetOptions)
+    loader: LoaderOptions = field(default_factory=LoaderOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def check(self) -> None:
+        """Refuse impossible values, of the parts too."""
+        parse_depth(self.depth)
+        if self.steps < 1:
+            raise UserError(f"steps must be 1 or more, not {self.steps}")
+        if self.seed < 0:
+            raise UserError(f"seed must be 0 or more, not {self.seed}")
+        if not re.fullmatch(r"[\w.+-]+", self.run_name):
+            raise UserError(f"NAME '{self.run_name}' must be one word of letters, digits and . _ + -")
+        for part in (
+            self.controlnet,
+            self.loader,
+            self.objective,
+            self.optimizer,
+            self.validation,
+            self.checkpoint,
+        ):
+            part.check()
+
+    @property
+    def run_name(self) -> str:
+        """The name given, or one from the depth."""
+        return self.name or f"depth-{self.depth}"
+
+
+MAY_CHANGE = (
+    "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "loader.prefetch",
+)  # fmt: skip
+"""Options that a resumed run may have changed without becoming another experiment. (The cache may have moved: its
+fingerprints are compared.)"""
+
+
+def changed_experiment(differences: dict[str, tuple[object, object]]) -> dict[str, tuple[object, object]]:
+    """Of all differences between two configurations, those that make another experiment."""
+    return {
+        key: values
+        for key, values in differences.items()
+        if not any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in MAY_CHANGE)
+    }

@@ -1,0 +1,247 @@
+"""Does it learn, and does it follow the drawing? Held-out losses on a fixed grid, and pictures of held-out samples.
+
+The grid of (sample, t, noise) is the same at every step and in every run with the same seed and cache, so that losses
+compare. Three losses tell apart what one cannot: with the sample's own drawing, with *another* sample's drawing, and
+without the ControlNet. A ControlNet that learns without following its condition gains on the base (`control_gap`)
+but does as well with another drawing (`condition_gap` stays near 0).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from shared.cache.reader import Layer
+from shared.errors import UserError
+from shared.families.base import Batch, Decode, Family, Inputs
+from shared.model_folder import ModelFolder
+from shared.pictures import grid
+from train.adapters.controlnet import ControlNetAdapter
+from train.loader import CachedSamples, to_device
+from train.objectives import Objective
+
+Control = Literal["own", "other", "none"]
+HEADINGS = ("drawing", "with control", "without control", "original, by the VAE")
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Looking at held-out samples while training."""
+
+    every: int = 250
+    """Steps between held-out losses; 0 turns them off. At 16 samples and 4 times one costs about 80 training steps'
+    forward passes."""
+    samples: int = 16
+    """Held-out samples of the grid."""
+    timesteps: int = 4
+    """Values of t for each, the middles of equal parts of [0, 1]."""
+    pictures_every: int = 500
+    """Steps between pictures; 0 turns them off. The VAE's decoder is loaded for the moment only."""
+    pictures: int = 4
+    """Held-out samples that are painted, with and without control."""
+    picture_steps: int = 20
+    """Denoising steps of a picture."""
+    batch_size: int = 4
+    """Samples of one model call. Needs far less memory than a training batch of the same size."""
+
+    def check(self) -> None:
+        """Refuse impossible values."""
+        for name in ("samples", "timesteps", "pictures", "picture_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"validation.{name} must be 1 or more, not {getattr(self, name)}")
+        if self.every < 0 or self.pictures_every < 0:
+            raise UserError("validation.every and validation.pictures_every must be 0 (off) or more")
+
+
+def seed_of(*numbers: int) -> int:
+    """A 63-bit seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def fixed_noise(shape: torch.Size, *numbers: int) -> torch.Tensor:
+    """Standard normal noise (fp32, CPU) that depends on `numbers` alone: the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(*numbers)))
+
+
+class Validation:
+    """Held-out samples of a cache, made ready once."""
+
+    def __init__(
+        self,
+        samples: CachedSamples,
+        family: Family,
+        model: ModelFolder,
+        objective: Objective,
+        options: ValidationOptions,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.samples, self.family, self.model, self.objective = samples, family, model, objective
+        self.options, self.seed, self.device, self.dtype = options, seed, device, dtype
+        chosen = np.random.default_rng([seed, 7]).permutation(len(samples))
+        self.indices = [int(index) for index in chosen[: max(options.samples, options.pictures)]]
+        self._without: torch.Tensor | None = None  # the base is frozen: computed once
+        self._pictures_without: dict[int, NDArray[np.uint8]] = {}
+
+    def _batches(self, indices: list[int]) -> Iterator[tuple[list[int], Batch]]:
+        """(indices, batch) of at most `batch_size` samples of one shape, first captions, last (finest) drawings."""
+        by_size: dict[tuple[int | None, int | None], list[int]] = {}
+        for index in indices:
+            sample = self.samples.samples[index]
+            by_size.setdefault((sample.bucket_height, sample.bucket_width), []).append(index)
+        for group in by_size.values():
+            for i in range(0, len(group), self.options.batch_size):
+                part = group[i : i + self.options.batch_size]
+                captions = [self.samples.samples[index].captions[0] for index in part]
+                batch = self.samples.batch(part, captions, [self.samples.num_drawings - 1] * len(part))
+                yield part, to_device(batch, self.device)
+
+    def _latents(self, batch: Batch, role: str) -> torch.Tensor:
+        """Final latents (B, T, C): posterior means, nothing drawn."""
+        mean, std = batch.tensors[f"{role}.mean"], batch.tensors[f"{role}.std"]
+        return self.family.model_latents(mean, std, self.samples.recipes[role], None, self.dtype)
+
+    @torch.no_grad()
+    def losses(self, adapter: ControlNetAdapter, control: Control) -> torch.Tensor:
+        """(samples, timesteps) fp32: the loss of each cell of the grid. With "other" the condition is the next
+        sample's of the same shape; a sample that has no other of its shape in the grid is NaN."""
+        indices = self.indices[: self.options.samples]
+        J = self.options.timesteps
+        losses = torch.full((len(indices), J), math.nan)
+        neighbours = self._neighbours(indices)
+        for part, batch in self._batches(indices):
+            x_0 = self._latents(batch, "latents")
+            condition = self._latents(batch, "condition_latents")
+            if control == "other":
+                others = [neighbours[index] for index in part]
+                captions = [self.samples.samples[index].captions[0] for index in others]
+                theirs = self.samples.batch(others, captions, [self.samples.num_drawings - 1] * len(others))
+                condition = self._latents(to_device(theirs, self.device), "condition_latents")
+            inputs = self.family.inputs(batch, condition, self.dtype)
+            for j in range(J):
+                t = torch.full((len(part),), (j + 0.5) / J, device=self.device)
+                noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, j) for index in part])
+                noised = self.objective.noise_at(x_0, t, noise.to(x_0))
+                prediction = self._predict(adapter, noised.x_t, t, inputs, control)
+                loss = self.objective.loss(prediction, noised).cpu()
+                for row, index in enumerate(part):
+                    if control != "other" or neighbours[index] != index:
+                        losses[indices.index(index), j] = loss[row]
+        return losses
+
+    def _neighbours(self, indices: list[int]) -> dict[int, int]:
+        """Each sample's partner of the same shape: the next one in its bucket, around."""
+        by_size: dict[tuple[int | None, int | None], list[int]] = {}
+        for index in indices:
+            sample = self.samples.samples[index]
+            by_size.setdefault((sample.bucket_height, sample.bucket_width), []).append(index)
+        return {
+            index: group[(i + 1) % len(group)] for group in by_size.values() for i, index in enumerate(group)
+        }
+
+    @staticmethod
+    def _predict(
+        adapter: ControlNetAdapter, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, control: Control
+    ) -> torch.Tensor:
+        if control == "none":
+            return adapter.predict_without(x_t, t, inputs)
+        return adapter.predict(x_t, t, inputs)
+
+    def held_out(self, adapter: ControlNetAdapter) -> dict[str, float]:
+        """The figures of one look: losses, gaps with their standard errors, and the loss by t."""
+        own = self.losses(adapter, "own")
+        if self._without is None:
+            self._without = self.losses(adapter, "none")
+        other = self.losses(adapter, "other")
+        figures = {
+            "loss": own.mean().item(),
+            "loss_without_control": self._without.mean().item(),
+            "control_gap": (self._without - own).mean().item(),
+            "control_gap_error": standard_error(self._without - own),
+        }
+        paired = ~other.isnan()
+        if paired.any():
+            rows = paired.all(dim=1)
+            figures["loss_other_drawing"] = other[paired].mean().item()
+            figures["condition_gap"] = (other - own)[paired].mean().item()
+            figures["condition_gap_error"] = standard_error((other - own)[rows])
+        for j, loss in enumerate(own.mean(dim=0).tolist()):
+            figures[f"loss_t{(j + 0.5) / self.options.timesteps:.3f}"] = loss
+        return figures
+
+    @torch.no_grad()
+    def pictures(self, adapter: ControlNetAdapter) -> NDArray[np.uint8]:
+        """Held-out samples as one picture: drawing, with control, without control, original. uint8 (H', W', 3)."""
+        indices = self.indices[: self.options.pictures]
+        painted: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {}
+        for part, batch in self._batches(indices):
+            x_0 = self._latents(batch, "latents")
+            inputs = self.family.inputs(batch, self._latents(batch, "condition_latents"), self.dtype)
+            noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, 1 << 20) for index in part]).to(x_0)
+            new = part[0] not in self._pictures_without
+            controlled = self._paint(adapter, noise, inputs, "own")
+            free = self._paint(adapter, noise, inputs, "none") if new else None
+            for row, index in enumerate(part):
+                painted[index] = controlled[row], None if free is None else free[row], x_0[row]
+        # The decoder is in memory only from here to the end of this function, when no activations are.
+        decode = self.family.open_decoder(self.model, str(self.device), self.dtype)
+        drawings = self.samples.cache.layer(self.samples.condition)
+        rows = []
+        for index in indices:
+            controlled_0, free_0, original_0 = painted[index]
+            if free_0 is not None:
+                self._pictures_without[index] = self._decode(decode, index, free_0)
+            rows.append(
+                [
+                    self._drawing(drawings, index),
+                    self._decode(decode, index, controlled_0),
+                    self._pictures_without[index],
+                    self._decode(decode, index, original_0),
+                ]
+            )
+        del decode
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return grid(rows, HEADINGS)
+
+    def _paint(self, adapter: ControlNetAdapter, noise: torch.Tensor, inputs: Inputs, control: Control) -> torch.Tensor:
+        return self.family.sample(
+            self.model,
+            noise,
+            self.options.picture_steps,
+            lambda x_t, t: self._predict(adapter, x_t, t, inputs, control),
+        )
+
+    def _decode(self, decode: Decode, index: int, x_0: torch.Tensor) -> NDArray[np.uint8]:
+        sample = self.samples.samples[index]
+        assert sample.bucket_height is not None
+        assert sample.bucket_width is not None
+        return decode(x_0[None], sample.bucket_height, sample.bucket_width)[0].numpy()
+
+    def _drawing(self, drawings: Layer, index: int) -> NDArray[np.uint8]:
+        """The finest drawing of a sample's condition, as it was encoded."""
+        key = self.samples.samples[index].key
+        last = max(drawings.members(key), key=lambda member: int(member.split(".")[0]))
+        return np.asarray(Image.open(io.BytesIO(drawings.read(key, last))).convert("RGB"))
+
+
+def standard_error(differences: torch.Tensor) -> float:
+    """Of the mean of (samples, timesteps): over samples, since the cells of one sample are not independent."""
+    if len(differences) < 2:
+        return math.nan
+    return (differences.mean(dim=1).std() / math.sqrt(len(differences))).item()
+
+
+def flatten(figures: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Figures under a tracker's names: "held_out/loss"."""
+    return {f"{prefix}/{name}": value for name, value in figures.items()}
