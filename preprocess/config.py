@@ -19,9 +19,8 @@ ConditionOptions: Any = dataclasses.make_dataclass(
         (name, conditions.get(name).Options, field(default_factory=conditions.get(name).Options))
         for name in conditions.names()
     ],
-    namespace={"__doc__": "How each condition is drawn."},
+    namespace={"__doc__": "How each condition is drawn.", "__module__": __name__},
     frozen=True,
-    module=__name__,
 )
 
 

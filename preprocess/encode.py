@@ -118,7 +118,9 @@ def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
     try:
         content = (data / name).read_bytes()
     except OSError as error:
-        raise UserError(f"{data / name} can no longer be read ({error.strerror}); run the same command again") from error
+        raise UserError(
+            f"{data / name} can no longer be read ({error.strerror}); run the same command again"
+        ) from error
     if hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{data / name} changed while it was being preprocessed; run the same command again")
     return geometry.apply(images.decode(content), geometry.Placement(**json.loads(sample.placement)))

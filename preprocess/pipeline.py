@@ -132,12 +132,11 @@ class _Stage:
             name=name,
             reads=reads,
             recipe=self._recipe(name, recipe),
-            fields=tuple(
-                replace(f, dtype=recipe["precision"]) if f.dtype == "as encoded" else f for f in kind.fields
-            ),
+            fields=tuple(replace(f, dtype=recipe["precision"]) if f.dtype == "as encoded" else f for f in kind.fields),
             shard_rows=self.options.encode.shard_rows or kind.shard_rows,
-            row_bytes=lambda pixels: num_drawings
-            * self.family.row_bytes(kind, self.model, self.dtype, pixels, self.text_length),
+            row_bytes=lambda pixels: (
+                num_drawings * self.family.row_bytes(kind, self.model, self.dtype, pixels, self.text_length)
+            ),
             open=lambda: self._open(kind, drawing),
         )
         work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
@@ -197,7 +196,9 @@ class _Stage:
 
     def _find_missing(self, work: Work) -> None:
         done = writer.finished_rows(work.folder)
-        work.missing = [key for key, input_digest in self._wanted(work.reads).items() if (key, input_digest) not in done]
+        work.missing = [
+            key for key, input_digest in self._wanted(work.reads).items() if (key, input_digest) not in done
+        ]
         if work.reads != "caption":  # a shard holds samples of one shape
             work.missing.sort(key=lambda key: (self._shape(key), key))
 
@@ -235,7 +236,9 @@ class _Stage:
             return
         texts = [caption.text for caption in self.plan.captions]
         if truncated := self.family.count_truncated(self.model, texts, self.text_length):
-            warn(f"{truncated} of {len(texts)} captions have more than {self.text_length} T5 tokens: their end is cut off")
+            warn(
+                f"{truncated} of {len(texts)} captions have more than {self.text_length} T5 tokens: their end is cut off"
+            )
 
     # Doing it
 
@@ -274,7 +277,9 @@ class _Stage:
         }  # fmt: skip
         names = manifest["layers"]
         manifest["conditions"] = [name for name in conditions.names() if name in names and f"{name}_latents" in names]
-        writer.publish_manifest(self.cache, {**manifest, **writer.publish_tables(self.cache, self.plan.samples, self.plan.captions)})
+        writer.publish_manifest(
+            self.cache, {**manifest, **writer.publish_tables(self.cache, self.plan.samples, self.plan.captions)}
+        )
 
     def _entry(self, folder: Path, fingerprint: str) -> dict[str, Any]:
         return {
@@ -329,7 +334,13 @@ class _Stage:
             size = writer.bytes_on_disk(work.folder)
             total = len(self._wanted(work.reads))
             rows.append(
-                (work.folder.name, f"{total:,}", f"{made[work.name]:,}", f"{total - made[work.name]:,}", f"{size / 1e6:,.1f}")
+                (
+                    work.folder.name,
+                    f"{total:,}",
+                    f"{made[work.name]:,}",
+                    f"{total - made[work.name]:,}",
+                    f"{size / 1e6:,.1f}",
+                )
             )
             for key, reason in layer.errors.items():
                 users = caption_users.get(key, []) if work.reads == "caption" else [self.samples[key]]

@@ -126,7 +126,7 @@ def _samples(scan: Scan, splits: dict[str, Split], options: PreprocessConfig, mu
         key=key_of(record.name, 0),
         source=record.name,
         sha256=scan.sha256,
-        conditioning_source=None if record.conditioning is None else record.conditioning.as_posix(),
+        conditioning_source=_relative(record.conditioning, options),
         conditioning_sha256=scan.conditioning_sha256,
         width=scan.width,
         height=scan.height,
@@ -155,6 +155,10 @@ def _samples(scan: Scan, splits: dict[str, Split], options: PreprocessConfig, mu
         )
         for variant, placement in enumerate(placements)
     ]
+
+
+def _relative(path: Path | None, options: PreprocessConfig) -> str | None:
+    return None if path is None else path.relative_to(Path(options.data).expanduser()).as_posix()
 
 
 def key_of(name: str, variant: int) -> str:

@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import tyro
 import yaml
@@ -24,7 +24,7 @@ from shared.errors import UserError, nearest
 class Config(Protocol):
     """A frozen dataclass of options. `check` raises `UserError` for values that no single type can rule out."""
 
-    __dataclass_fields__: Any
+    __dataclass_fields__: ClassVar[Any]
 
     def check(self) -> None: ...
 
@@ -102,8 +102,6 @@ def field_names(config_class: type[Any]) -> list[str]:
 
 def tyro_types(config_class: type[Any]) -> dict[str, Any]:
     """The resolved type of each field (annotations are strings under `from __future__ import annotations`)."""
-    from typing import get_type_hints
-
     hints = get_type_hints(config_class)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 

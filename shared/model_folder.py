@@ -35,7 +35,9 @@ class ModelFolder:
         missing = [file for file in ("config.json", *files) if not (folder / file).is_file()]
         if not folder.is_dir():
             there = ", ".join(sorted(child.name for child in self.path.iterdir() if child.is_dir())) or "nothing"
-            raise UserError(f"model {self.name} has no folder '{name}' (it has: {there}); expected the layout of FLUX.1-dev")
+            raise UserError(
+                f"model {self.name} has no folder '{name}' (it has: {there}); expected the layout of FLUX.1-dev"
+            )
         if missing and not name.startswith("tokenizer"):
             raise UserError(f"model {self.name}: {folder} lacks {', '.join(missing)}")
         return folder
@@ -135,7 +137,9 @@ def resolve(
             f"model {name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"model {name} is not on the hub, or is private: run `hf auth login`, or check the name") from error
+        raise UserError(
+            f"model {name} is not on the hub, or is private: run `hf auth login`, or check the name"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"model {name} is neither a folder here nor can it be fetched from the hub (is there a network?): "

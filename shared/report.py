@@ -21,7 +21,9 @@ PACKAGES = (
 ).split()
 
 
-def progress(iterable: Iterable[Any] | None = None, *, title: str, unit: str, total: int | None = None, **more: Any) -> Any:
+def progress(
+    iterable: Iterable[Any] | None = None, *, title: str, unit: str, total: int | None = None, **more: Any
+) -> Any:
     """A tqdm bar with rate and ETA that keeps quiet where the output is not a terminal."""
     scale = unit == "B"
     return tqdm(
@@ -137,7 +139,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> str
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = []
     for row in [head, ["-" * width for width in widths], *rows]:
-        cells = [cell.rjust(w) if i >= right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.rjust(w) if i >= right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

@@ -1,13 +1,13 @@
 """A run's folder: its configuration, what it was made with, its figures step by step, its pictures.
 
-    runs/NAME/
-      config.yaml      every option as it was resolved: `--recipe` reads it
-      run.json         versions, git revision, model, cache fingerprints, components
-      metrics.jsonl    one line per step, one per look at the held-out samples
-      pictures/        step-00000500.png ...
-      tensorboard/
-      checkpoints/     see train/checkpoints.py
-      controlnet       link to the newest checkpoint's ControlNet
+runs/NAME/
+  config.yaml      every option as it was resolved: `--recipe` reads it
+  run.json         versions, git revision, model, cache fingerprints, components
+  metrics.jsonl    one line per step, one per look at the held-out samples
+  pictures/        step-00000500.png ...
+  tensorboard/
+  checkpoints/     see train/checkpoints.py
+  controlnet       link to the newest checkpoint's ControlNet
 """
 
 from __future__ import annotations

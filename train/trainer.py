@@ -63,12 +63,18 @@ def train(options: TrainConfig) -> int:
         "text_length": samples.shapes["t5.prompt_embeds"][0] if "t5.prompt_embeds" in samples.shapes else None,
     }
     accelerator = _accelerator(options)
-    with atomic.alone(Path(options.runs) / options.run_name, "training in") if accelerator.is_main_process else nullcontext():
+    with (
+        atomic.alone(Path(options.runs) / options.run_name, "training in")
+        if accelerator.is_main_process
+        else nullcontext()
+    ):
         run = Run.open(options, facts) if accelerator.is_main_process else Run(Path(options.runs) / options.run_name)
         accelerator.wait_for_everyone()
         checkpoint = checkpoints.newest(run.folder)
         if checkpoint is not None and int(checkpoint.name.split("-")[1]) >= options.steps:
-            say(f"{run.folder} is already trained to step {options.steps}: raise STEPS to go on, or choose another NAME")
+            say(
+                f"{run.folder} is already trained to step {options.steps}: raise STEPS to go on, or choose another NAME"
+            )
             return 0
         for left_out, split in ((samples.num_left_out, "training"), (held_out.num_left_out, "held-out")):
             if left_out:
@@ -128,9 +134,11 @@ class Trainer:
         self.options, self.accelerator, self.run, self.family = options, accelerator, run, family
         self.device = accelerator.device
         on_gpu = self.device.type == "cuda"
-        self.dtype = {"auto": torch.bfloat16 if on_gpu else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}[
-            options.precision
-        ]
+        self.dtype = {
+            "auto": torch.bfloat16 if on_gpu else torch.float32,
+            "bf16": torch.bfloat16,
+            "fp32": torch.float32,
+        }[options.precision]
         weights = {
             "auto": self.dtype,
             "bf16": torch.bfloat16,
@@ -177,7 +185,9 @@ class Trainer:
                 f"an epoch; global batch {options.loader.batch_size * self.loader.batches_per_step}; run {run.folder}"
             )
         if options.tracker != "none":
-            accelerator.init_trackers("tensorboard" if options.tracker == "tensorboard" else "underdrawing", config=None)
+            accelerator.init_trackers(
+                "tensorboard" if options.tracker == "tensorboard" else "underdrawing", config=None
+            )
 
     def resume(self, checkpoint: Path) -> None:
         """Go back to the state of a checkpoint: weights, optimizer, position. Figures after it are dropped."""
@@ -197,9 +207,10 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.run.keep_metrics_until(-1)  # of a start that was killed before its first checkpoint
             self._look(0)
-        with _stopping() as stop, progress(
-            title="train", unit="step", total=options.steps, initial=self.loader.step
-        ) as bar:
+        with (
+            _stopping() as stop,
+            progress(title="train", unit="step", total=options.steps, initial=self.loader.step) as bar,
+        ):
             for batches in self.loader:
                 step = self.loader.step  # counts from 1: this step's number
                 began = time.perf_counter()
@@ -265,9 +276,7 @@ class Trainer:
         prediction = self.adapter.predict(noised.x_t, noised.t, inputs)  # (B, T, C)
         return self.objective.loss(prediction, noised)
 
-    def _refuse_non_finite(
-        self, batches: list[Batch], losses: list[torch.Tensor], loss: float, norm: float
-    ) -> None:
+    def _refuse_non_finite(self, batches: list[Batch], losses: list[torch.Tensor], loss: float, norm: float) -> None:
         if torch.isfinite(torch.tensor([loss, norm])).all():
             return
         pairs = [
@@ -292,7 +301,11 @@ class Trainer:
                 figures = self.validation.held_out(self.adapter)
                 self.run.log(step, {"held_out": {k: v for k, v in figures.items() if v == v}})
                 self._track(flatten(figures, "held_out"), step)
-                gap = f", own drawing beats another's by {figures['condition_gap']:.4f}" if "condition_gap" in figures else ""
+                gap = (
+                    f", own drawing beats another's by {figures['condition_gap']:.4f}"
+                    if "condition_gap" in figures
+                    else ""
+                )
                 say(
                     f"step {step}: held-out loss {figures['loss']:.4f}, without control "
                     f"{figures['loss_without_control']:.4f}{gap}"
@@ -301,7 +314,8 @@ class Trainer:
                 picture = self.validation.pictures(self.adapter)
                 path = self.run.save_picture(step, picture)
                 for tracker in self.accelerator.trackers:
-                    tracker.log_images({"held_out": picture[None]}, step=step)
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"held_out": picture[None]}, step=step, **layout)
                 say(f"step {step}: pictures in {path}")
         self.accelerator.wait_for_everyone()
 

@@ -145,9 +145,7 @@ class Validation:
         for index in indices:
             sample = self.samples.samples[index]
             by_size.setdefault((sample.bucket_height, sample.bucket_width), []).append(index)
-        return {
-            index: group[(i + 1) % len(group)] for group in by_size.values() for i, index in enumerate(group)
-        }
+        return {index: group[(i + 1) % len(group)] for group in by_size.values() for i, index in enumerate(group)}
 
     @staticmethod
     def _predict(

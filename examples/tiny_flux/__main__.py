@@ -22,7 +22,7 @@ from examples.tiny_flux.base import BaseOptions, train_base
 from examples.tiny_flux.quality import measure_pipeline, versions
 from examples.tiny_flux.ship import ship
 from examples.tiny_flux.text import TextOptions, TextSide, train_text
-from examples.tiny_flux.vae import VaeOptions, sharpen_decoder, train_vae
+from examples.tiny_flux.vae import VaeOptions, train_vae
 
 PARTS = {"text": TextOptions, "vae": VaeOptions, "base": BaseOptions}
 
@@ -74,29 +74,23 @@ def main(arguments: list[str] | None = None) -> None:
     disable_transformers_progress()
     device = torch.device(args.device)
     options = {part: options_of(part, args) for part in PARTS}
-    text_folder, rough_folder = args.work / "text", args.work / "vae_rough"
-    vae_folder, base_folder = args.work / "vae", args.work / "base"
+    text_folder, vae_folder, base_folder = (args.work / part for part in PARTS)
 
-    def load_vae(folder: Path) -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(folder).to(device).eval()
+    def load_vae() -> AutoencoderKL:
+        return AutoencoderKL.from_pretrained(vae_folder).to(device).eval()
 
     def make_base(folder: Path) -> None:
-        # The rough VAE encodes as the finished one: sharpening leaves the encoder alone.
-        vae, text = load_vae(rough_folder), TextSide.load(text_folder, device)
+        text = TextSide.load(text_folder, device)
         snapshot = args.work / "base_snapshot"
-        train_base(vae, text, options["base"], device, snapshot).save_pretrained(folder)
+        train_base(load_vae(), text, options["base"], device, snapshot).save_pretrained(folder)
 
     seconds = {
         "text": once(text_folder, lambda folder: train_text(options["text"], device).save(folder)),
-        "vae": once(rough_folder, lambda folder: train_vae(options["vae"], device).save_pretrained(folder)),
-        "decoder": once(
-            vae_folder,
-            lambda folder: sharpen_decoder(load_vae(rough_folder), options["vae"], device).save_pretrained(folder),
-        ),
+        "vae": once(vae_folder, lambda folder: train_vae(options["vae"], device).save_pretrained(folder)),
         "base": once(base_folder, make_base),
     }
     transformer = FluxTransformer2DModel.from_pretrained(base_folder)
-    size_bytes = ship(load_vae(vae_folder), TextSide.load(text_folder, device), transformer, args.out)
+    size_bytes = ship(load_vae(), TextSide.load(text_folder, device), transformer, args.out)
     print(f"ship: {args.out}, {size_bytes / 1e6:.2f} MB", flush=True)
 
     quality = {

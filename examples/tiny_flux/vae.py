@@ -1,4 +1,4 @@
-"""The VAE: trained from nothing on drawings and their outlines; then its decoder alone, for sharper edges.
+"""The VAE: trained from nothing on drawings, their outlines and some textures.
 
 Colours must get through from the first step, or minutes go by with gray pictures: residual branches start at zero,
 resizing convolutions as an average or an identity, every activation at standard deviation 1 (`make_easy`).
@@ -6,7 +6,7 @@ resizing convolutions as an average or an identity, every activation at standard
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -31,10 +31,7 @@ class VaeOptions:
     """Steps on crops of 64 x 64 pixels around an outline, 8 at a time: the bulk, at a quarter of the cost."""
     num_full_steps: int = 450
     """Steps on whole pictures, 4 at a time: what happens at the border, and the middle attention at its real length."""
-    num_decoder_steps: int = 900
-    """Steps on the decoder alone. The latents no longer change, so a base trained on them stays valid."""
     learning_rate: float = 1.5e-3
-    decoder_learning_rate: float = 7e-4
     kl_weight: float = 2e-4
     """Pull of the latents towards N(0, 1)."""
     edge_weight: float = 2.0
@@ -225,28 +222,6 @@ def cosine(step: int, num_steps: int, num_warmup: int) -> float:
     return min(1.0, (step + 1) / num_warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
 
-def _optimize(
-    parameters: list[nn.Parameter],
-    learning_rate: float,
-    losses: Iterator[torch.Tensor],
-    num_steps: int,
-    report: Callable[[int], str],
-) -> None:
-    """AdamW over `num_steps` losses, with a line of `report` every 100 steps."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    began = time.monotonic()
-    for step in range(num_steps):
-        optimizer.param_groups[0]["lr"] = learning_rate * cosine(step, num_steps, num_warmup=50)
-        loss = next(losses)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            seconds = time.monotonic() - began
-            print(f"vae: step {step + 1}/{num_steps} {seconds:.0f} s loss {loss.item():.4f} {report(step)}", flush=True)
-
-
 def _reconstruction_report(vae: AutoencoderKL) -> Callable[[int], str]:
     """A function that says the PSNR on validation drawings and outlines, every 200 steps."""
     images = np.stack([drawing.image for drawing in pictures(24, seed=1, split="validation")])
@@ -262,47 +237,31 @@ def _reconstruction_report(vae: AutoencoderKL) -> Callable[[int], str]:
 
 
 def train_vae(options: VaeOptions, device: torch.device) -> AutoencoderKL:
-    """Train encoder and decoder from nothing. Loss: edge-weighted L1 + squared error + KL."""
+    """Train encoder and decoder from nothing. Loss: edge-weighted L1 + edge-weighted squared error + KL."""
     torch.manual_seed(options.seed)
     crops = Crops(options.num_pictures, options.seed)
     vae = make_vae().to(device, memory_format=torch.channels_last)
     make_easy(vae, crops.batch(32, 64)[0].to(device))
-
-    def losses() -> Iterator[torch.Tensor]:
-        for step in range(options.num_crop_steps + options.num_full_steps):
-            x, near_edge = crops.batch(8, 64) if step < options.num_crop_steps else crops.batch(4, 128)
-            x, near_edge = x.to(device), near_edge.to(device)
-            posterior = vae.encode(x).latent_dist
-            difference = vae.decode(posterior.sample()).sample - x
-            kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-            weight = 1 + options.edge_weight * near_edge
-            yield (weight * difference.abs()).mean() + (weight * difference**2).mean() + options.kl_weight * kl
-
-    num_steps = options.num_crop_steps + options.num_full_steps
-    _optimize(list(vae.parameters()), options.learning_rate, losses(), num_steps, _reconstruction_report(vae))
-    fold_latent_spread(vae, crops.images[:256])
-    return vae
-
-
-def sharpen_decoder(vae: AutoencoderKL, options: VaeOptions, device: torch.device) -> AutoencoderKL:
-    """Train the decoder alone, in place, on noised latents of whole pictures: what a denoiser paints is never exact."""
-    torch.manual_seed(options.seed + 1)
-    crops = Crops(options.num_pictures, options.seed + 1)
-    vae.to(device)
-    vae.encoder.requires_grad_(False)
-
-    def losses() -> Iterator[torch.Tensor]:
-        while True:
-            x, near_edge = (tensor.to(device) for tensor in crops.batch(4, 128))
-            with torch.no_grad():
-                z = vae.encode(x).latent_dist.sample()
-                z = z + 0.05 * torch.randn_like(z)
-            difference = vae.decode(z).sample - x
-            weight = 1 + options.edge_weight * near_edge
-            yield (weight * difference.abs()).mean() + (difference**2).mean()
-
-    parameters = list(vae.decoder.parameters())
     report = _reconstruction_report(vae)
-    _optimize(parameters, options.decoder_learning_rate, losses(), options.num_decoder_steps, report)
-    vae.encoder.requires_grad_(True)
+    parameters = list(vae.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    num_steps = options.num_crop_steps + options.num_full_steps
+    began = time.monotonic()
+    for step in range(num_steps):
+        optimizer.param_groups[0]["lr"] = options.learning_rate * cosine(step, num_steps, num_warmup=50)
+        x, near_edge = crops.batch(8, 64) if step < options.num_crop_steps else crops.batch(4, 128)
+        x, near_edge = x.to(device), near_edge.to(device)
+        posterior = vae.encode(x).latent_dist
+        difference = vae.decode(posterior.sample()).sample - x
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        weight = 1 + options.edge_weight * near_edge
+        loss = (weight * difference.abs()).mean() + (weight * difference**2).mean() + options.kl_weight * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            seconds = time.monotonic() - began
+            print(f"vae: step {step + 1}/{num_steps} {seconds:.0f} s loss {loss.item():.4f} {report(step)}", flush=True)
+    fold_latent_spread(vae, crops.images[:256])
     return vae

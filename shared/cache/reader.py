@@ -193,7 +193,10 @@ class Cache:
             raise CacheError(f"{self.path} has no layer '{name}': {nearest(name, self.layer_names)}")
         path = self.path / entry["folder"] / schema.LAYER
         content = schema.read_sealed(path)
-        if content["fingerprint"] != entry["fingerprint"] or schema.fingerprint(content["recipe"]) != entry["fingerprint"]:
+        if (
+            content["fingerprint"] != entry["fingerprint"]
+            or schema.fingerprint(content["recipe"]) != entry["fingerprint"]
+        ):
             raise CacheError(f"{path} is not the layer that {schema.MANIFEST} names; run `make preprocess` again.")
         return LayerSummary(
             name=name,

@@ -159,9 +159,13 @@ class Flux(Family):
         for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "num_attention_heads"):
             theirs, ours = controlnet.config[key], base.config[key]
             if theirs != ours:
-                raise UserError(f"the ControlNet to start from does not fit the base: its {key} is {theirs}, not {ours}")
+                raise UserError(
+                    f"the ControlNet to start from does not fit the base: its {key} is {theirs}, not {ours}"
+                )
         if controlnet.input_hint_block is not None:
-            raise UserError("the ControlNet to start from takes pixels (an XLabs model); only latents are cached for FLUX")
+            raise UserError(
+                "the ControlNet to start from takes pixels (an XLabs model); only latents are cached for FLUX"
+            )
         num_modes = controlnet.config["num_mode"]
         if num_modes is not None and (control_mode is None or not 0 <= control_mode < num_modes):
             raise UserError(
@@ -260,9 +264,7 @@ class Flux(Family):
             vae = AutoencoderKL.from_config(config)
         del vae.encoder, vae.quant_conv
         weights = {
-            name: tensor
-            for prefix in ("decoder.", "post_quant_conv.")
-            for name, tensor in model.tensors("vae", prefix)
+            name: tensor for prefix in ("decoder.", "post_quant_conv.") for name, tensor in model.tensors("vae", prefix)
         }
         vae.load_state_dict(weights, assign=True)
         vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
