@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from preprocess import conditions
-from preprocess.geometry import GeometryOptions
+from preprocess.geometry import GeometryOptions, bucket_sizes
 from preprocess.sources import SourceOptions
 from shared import families
 from shared.errors import UserError
@@ -70,9 +70,10 @@ class PreprocessConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the encoders and of the cache. bf16 is what pipelines are run in."""
     validation_fraction: float = 0.05
-    """Share of images that are held out for validation where the data set does not say, at most `validation_max`."""
+    """Share of images that are held out for validation where the data set does not say, roughly: each name's hash decides
+    for itself, so that added images change nothing for the others."""
     validation_max: int = 64
-    """The most images that are held out. The choice is by name, not by order."""
+    """The most images that are held out."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU where there is one."""
     source: SourceOptions = field(default_factory=SourceOptions)
@@ -87,6 +88,8 @@ class PreprocessConfig:
             raise UserError(f"condition: name at least one of {', '.join(conditions.names())}")
         for name in self.condition:
             conditions.get(name)
+            if self.condition.count(name) > 1:
+                raise UserError(f"condition: {name} is named twice")
             getattr(self.conditions, name).check()
         if self.text_length is not None and not 1 <= self.text_length <= family.max_text_length:
             raise UserError(f"text_length must be from 1 to {family.max_text_length}, not {self.text_length}")
@@ -94,3 +97,4 @@ class PreprocessConfig:
             raise UserError("validation_fraction is a share from 0 to below 1, validation_max 0 or more")
         for part in (self.source, self.geometry, self.encode):
             part.check()
+        bucket_sizes(self.geometry, family.size_multiple)

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from PIL import Image
 from safetensors.torch import save
 
 from preprocess import geometry, images
+from preprocess.images import ImageError
+from preprocess.lookahead import mapped
 from shared.cache.reader import SAFETENSORS, Layer
 from shared.cache.schema import Caption, Reads, Sample
 from shared.errors import UserError
@@ -35,7 +36,13 @@ class Row:
 
 
 Produce = Callable[[Sequence[str]], Iterator[Row]]
-"""Keys of one shard -> their rows in the same order."""
+"""Keys of one shard -> a row for each; the same keys in the same order give the same rows in the same order."""
+
+Load = Callable[[str], NDArray[np.uint8]]
+"""Key -> its pixels, uint8 (..., H, W, 3); `ImageError` with the reason where there are none. Several threads call it."""
+
+Draw = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""uint8 (B, H, W, 3) -> uint8 (B, R, H, W, 3)."""
 
 
 def tensors_rows(keys: Sequence[str], tensors: Tensors) -> Iterator[Row]:
@@ -59,35 +66,65 @@ def captions_producer(captions: dict[str, Caption], encode: Encode, batch_size: 
     return produce
 
 
-def images_producer(load: Callable[[str], NDArray[np.uint8]], encode: Encode, batch_size: int, workers: int) -> Produce:
-    """Placed images (all of one shape) -> latents. `load` gives the pixels of a key, uint8 (..., H, W, 3)."""
+def images_producer(load: Load, encode: Encode, batch_size: int, workers: int) -> Produce:
+    """Placed images (all of one shape) -> latents."""
 
     def produce(keys: Sequence[str]) -> Iterator[Row]:
-        with ThreadPoolExecutor(workers) as pool:
-            pixels = pool.map(load, keys)
-            for batch in batched(keys, batch_size):
-                yield from tensors_rows(batch, encode(np.stack([next(pixels) for _ in batch])))
+        for loaded in _load_batches(load, keys, batch_size, workers):
+            yield from loaded.failed
+            if loaded.keys:
+                yield from tensors_rows(loaded.keys, encode(np.stack(loaded.pixels)))
 
     return produce
 
 
-def drawings_producer(
-    load: Callable[[str], NDArray[np.uint8]],
-    draw: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
-    batch_size: int,
-    workers: int,
-) -> Produce:
+def drawings_producer(load: Load, draw: Draw, batch_size: int, workers: int) -> Produce:
     """Placed images -> drawings as PNG, `0.png` to `R-1.png`: what the VAE is then given, and a person can look at."""
 
+    def drawn(keys: Sequence[str]) -> Iterator[Row | tuple[str, NDArray[np.uint8]]]:
+        for loaded in _load_batches(load, keys, batch_size, workers):
+            yield from loaded.failed
+            if loaded.keys:
+                yield from zip(loaded.keys, draw(np.stack(loaded.pixels)), strict=True)  # each (R, H, W, 3)
+
+    def finish(item: Row | tuple[str, NDArray[np.uint8]]) -> Row:
+        return item if isinstance(item, Row) else Row(item[0], _pngs(item[1]), None)
+
     def produce(keys: Sequence[str]) -> Iterator[Row]:
-        with ThreadPoolExecutor(workers) as pool:
-            pixels = pool.map(load, keys)
-            for batch in batched(keys, batch_size):
-                drawn = draw(np.stack([next(pixels) for _ in batch]))  # (B, R, H, W, 3)
-                for key, drawings in zip(batch, pool.map(_pngs, drawn), strict=True):
-                    yield Row(key, drawings, None)
+        # While one batch is drawn, the PNGs of the one before are made.
+        return mapped(finish, drawn(keys), workers, ahead=batch_size)
 
     return produce
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One batch after its images were read: those that could be, and a row for each that could not."""
+
+    keys: list[str]
+    pixels: list[NDArray[np.uint8]]
+    failed: list[Row]
+
+
+def _load_batches(load: Load, keys: Sequence[str], batch_size: int, workers: int) -> Iterator[_Loaded]:
+    """Batches of `keys` in order. While the caller works on one, the next is read."""
+
+    def attempt(key: str) -> NDArray[np.uint8] | Row:
+        try:
+            return load(key)
+        except ImageError as error:
+            return Row(key, None, str(error))
+
+    results = mapped(attempt, keys, workers, ahead=batch_size + workers)
+    for batch in batched(keys, batch_size):
+        loaded = _Loaded([], [], [])
+        for key, result in zip(batch, results, strict=False):  # `results` goes on in the next batch
+            if isinstance(result, Row):
+                loaded.failed.append(result)
+            else:
+                loaded.keys.append(key)
+                loaded.pixels.append(result)
+        yield loaded
 
 
 def _pngs(drawings: NDArray[np.uint8]) -> Members:
@@ -101,19 +138,27 @@ def _pngs(drawings: NDArray[np.uint8]) -> Members:
 
 
 def load_drawings(drawings: Layer, key: str) -> NDArray[np.uint8]:
-    """The drawings of a sample, uint8 (R, H, W, 3), finest last."""
+    """The drawings of a sample, uint8 (R, H, W, 3), in their order. Raises `ImageError` where there are none."""
+    if key in drawings.errors:
+        raise ImageError(drawings.errors[key])
     members = sorted(drawings.members(key), key=lambda member: int(member.split(".")[0]))
     pages = [Image.open(io.BytesIO(drawings.read(key, member))).convert("RGB") for member in members]
     return np.stack([np.asarray(page) for page in pages])
 
 
 def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
-    """The pixels of a sample after its placement, uint8 (H, W, 3). Raises `UserError` where the file has changed since
-    it was planned: its cache entry would bear another image's hash."""
+    """The pixels of a sample after its placement, uint8 (H, W, 3).
+
+    Raises `ImageError` where they cannot be had, `UserError` where the file has changed since it was planned: its cache
+    entry would bear another image's hash.
+    """
     conditioning = reads == "conditioning_image"
     name = sample.conditioning_source if conditioning else sample.source
     expected = sample.conditioning_sha256 if conditioning else sample.sha256
-    assert name is not None
+    if name is None:
+        raise ImageError("it has no conditioning_image")
+    if expected is None:
+        raise ImageError(f"its conditioning image {name} cannot be read")
     assert sample.placement is not None
     try:
         content = (data / name).read_bytes()
@@ -123,7 +168,11 @@ def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
         ) from error
     if hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{data / name} changed while it was being preprocessed; run the same command again")
-    return geometry.apply(images.decode(content), geometry.Placement(**json.loads(sample.placement)))
+    try:
+        pixels = images.decode(content)
+    except ImageError as error:
+        raise ImageError(f"its conditioning image {name}: {error}" if conditioning else str(error)) from error
+    return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
 
 
 def batched(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:

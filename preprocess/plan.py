@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from typing import Literal
 from preprocess import geometry, images
 from preprocess.config import PreprocessConfig
 from preprocess.images import ImageError
+from preprocess.lookahead import mapped
 from preprocess.sources import Record
 from shared.cache.schema import Caption, Sample
 from shared.errors import UserError
@@ -58,11 +59,10 @@ def make(records: Sequence[Record], options: PreprocessConfig, multiple: int, be
 
     `before` are the samples of an earlier plan. Raises `UserError` where no sample is sound.
     """
-    known = {(s.sha256 or ""): (s.width, s.height) for s in before if s.status == "ok"}
-    needs_conditioning = any(_reads_conditioning(name) for name in options.condition)
-    with ThreadPoolExecutor(options.encode.workers) as pool:
-        scans = pool.map(lambda record: scan(record, known, needs_conditioning), records)
-        scanned = list(progress(scans, title="read images", unit="image", total=len(records)))
+    known = {s.sha256: (s.width, s.height) for s in before if s.status == "ok" and s.sha256 is not None}
+    workers = options.encode.workers
+    scans = mapped(lambda record: scan(record, known), records, workers, ahead=4 * workers)
+    scanned = list(progress(scans, title="read images", unit="image", total=len(records)))
     splits = choose_splits([s.record for s in scanned if s.error is None], options)
     samples = [sample for s in scanned for sample in _samples(s, splits, options, multiple)]
     if not any(sample.status == "ok" for sample in samples):
@@ -70,18 +70,17 @@ def make(records: Sequence[Record], options: PreprocessConfig, multiple: int, be
         raise UserError(f"none of the {len(records)} images in {options.data} can be used: {reasons}")
     texts = {caption: None for s in scanned if s.error is None for caption in s.record.captions}
     captions = [Caption.of(""), *(Caption.of(text) for text in texts if text)]
+    assert len({sample.key for sample in samples}) == len(samples), "keys are unique"
     return Plan(samples=sorted(samples, key=lambda sample: sample.key), captions=captions)
 
 
-def _reads_conditioning(condition: str) -> bool:
-    from preprocess import conditions
+def scan(record: Record, known: Mapping[str, tuple[int | None, int | None]]) -> Scan:
+    """Read one record's files; an unusable one comes back with its reason. `known`: sizes by content hash.
 
-    return conditions.get(condition).reads == "conditioning_image"
-
-
-def scan(record: Record, known: dict[str, tuple[int | None, int | None]], needs_conditioning: bool) -> Scan:
-    """Read one record's files; an unusable one comes back with its reason. `known`: sizes by content hash."""
-    sha256 = width = height = conditioning_sha256 = None
+    A conditioning image is only hashed. One that is missing or broken is a matter of the condition that reads it: the
+    sample serves the others.
+    """
+    sha256 = width = height = None
     error = record.error
     if error is None:
         try:
@@ -91,33 +90,37 @@ def scan(record: Record, known: dict[str, tuple[int | None, int | None]], needs_
                 width, height = known[sha256]
             else:
                 height, width = images.decode(data).shape[:2]
-        except (ImageError, OSError) as problem:
+        except ImageError as problem:
             error = str(problem)
+        except OSError as problem:
+            error = f"cannot be read: {problem.strerror}"
+    conditioning_sha256 = None
     if error is None and record.conditioning is not None:
-        try:
-            data = record.conditioning.read_bytes()
-            conditioning_sha256 = hashlib.sha256(data).hexdigest()
-            if needs_conditioning:
-                images.decode(data)
-        except (ImageError, OSError) as problem:
-            error = f"conditioning image: {problem}"
-    if error is None and needs_conditioning and record.conditioning is None:
-        error = "no conditioning_image, which the condition 'precomputed' needs"
+        with suppress(OSError):  # the row of the condition that needs it will say so
+            conditioning_sha256 = hashlib.sha256(record.conditioning.read_bytes()).hexdigest()
     return Scan(record, sha256, width, height, conditioning_sha256, error)
 
 
 def choose_splits(records: Sequence[Record], options: PreprocessConfig) -> dict[str, Split]:
-    """Name to split. Where the source names any split, its word holds; else the names of lowest hash are held out,
-    so that the choice depends on nothing but the names."""
+    """Name to split. Where the source names any split, its word holds. Else a name whose hash falls into the lowest
+    `validation_fraction` is held out, up to `validation_max` of the lowest; where none does, the lowest one.
+
+    A name's own hash decides: images that are added move no trained image into the held-out ones, and below
+    `validation_max` they move none out.
+    """
     if any(record.split is not None for record in records):
         return {record.name: record.split or "train" for record in records}
-    number = min(options.validation_max, round(len(records) * options.validation_fraction))
+    held_out: set[str] = set()
     if options.validation_fraction > 0 and options.validation_max > 0 and len(records) > 1:
-        number = max(1, number)
-    by_hash = sorted(record.name for record in records)
-    by_hash.sort(key=lambda name: hashlib.sha256(f"split {name}".encode()).digest())
-    held_out = set(by_hash[:number])
+        shares = {record.name: _share(record.name) for record in records}
+        lowest = sorted(shares, key=lambda name: (shares[name], name))[: options.validation_max]
+        held_out = {name for name in lowest if shares[name] < options.validation_fraction} or set(lowest[:1])
     return {record.name: "validation" if record.name in held_out else "train" for record in records}
+
+
+def _share(name: str) -> float:
+    """A number in [0, 1) that a name's hash draws, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(f"split {name}".encode()).digest()[:6], "big") / 2**48
 
 
 def _samples(scan: Scan, splits: dict[str, Split], options: PreprocessConfig, multiple: int) -> list[Sample]:
@@ -162,6 +165,9 @@ def _relative(path: Path | None, options: PreprocessConfig) -> str | None:
 
 
 def key_of(name: str, variant: int) -> str:
-    """A sample's key: readable, unique by the hash of its whole name, without the dots that end a tar member's key."""
+    """A sample's key: readable, unique by the hash of its whole name, without the dots that end a tar member's key.
+
+    16 hex digits, since names that are not ASCII may have nothing else to tell them apart.
+    """
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[:40]
-    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{variant}"
+    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}-{variant}"

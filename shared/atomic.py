@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shared.errors import UserError, disk_full
+from shared.report import warn
 
 PART = ".part"
 """The ending of what is still being written. A reader never opens it; the next run replaces it."""
@@ -27,21 +29,23 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
         part.unlink(missing_ok=True)
-        raise disk_full(error, f"writing {path}") or error from error
-    except BaseException:
-        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (refusal := disk_full(error, f"writing {path}")):
+            raise refusal from error
         raise
+    sync_directory(path.parent)
 
 
 @contextmanager
 def writing_directory(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path` only when the block ends well, every file in it flushed to the disk."""
+    """A folder that appears at `path` only when the block ends well, every file in it flushed to the disk.
+
+    Nothing, or an empty folder, may be at `path`. A full disk raises `UserError`.
+    """
     part = path.with_name(path.name + PART)
     if part.exists():
-        shutil.rmtree(part)
+        shutil.rmtree(part)  # left by a process that was killed
     part.mkdir(parents=True)
     try:
         yield part
@@ -53,20 +57,28 @@ def writing_directory(path: Path) -> Iterator[Path]:
                 sync_directory(file)
         sync_directory(part)
         os.replace(part, path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise disk_full(error, f"writing {path}") or error from error
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)  # what stays is removed by the next writer
+        if isinstance(error, OSError) and (refusal := disk_full(error, f"writing {path}")):
+            raise refusal from error
+        raise
+    sync_directory(path.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` by `data`, whole or not at all."""
     with writing(path) as file:
         file.write(data)
 
 
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON, keys in the order given, non-ASCII text as it is."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON, keys in the order given, non-ASCII text as it is."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Replace `path` by `json_bytes` of `value`, whole or not at all."""
+    write_bytes(path, json_bytes(value))
 
 
 def sync_directory(path: Path) -> None:
@@ -78,19 +90,35 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+LOCK = ".lock"
+"""Made only on file systems that cannot lock a folder (NFS)."""
+
+
 @contextmanager
 def alone(folder: Path, doing: str) -> Iterator[None]:
     """Hold `folder` for this process; another one that wants it gets a `UserError` at once.
 
-    The lock is the kernel's on the folder itself: it leaves no file, and a killed process holds it no longer.
+    The lock is the kernel's on the folder itself: it leaves no file, and a killed process holds it no longer. NFS locks
+    only files that are open for writing, so there it is on an empty file in the folder. Where there are no locks at all,
+    a warning says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is {doing} {folder}; wait for it or choose another folder") from error
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            os.close(handle)
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"another process is {doing} {folder}; wait for it or choose another folder") from error
+    except OSError as error:
+        warn(f"{folder} cannot be locked ({error.strerror}): see to it that no other process is {doing} it")
+    try:
         yield
     finally:
         os.close(handle)

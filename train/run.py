@@ -59,6 +59,7 @@ class Run:
                 f"{self.folder} holds another experiment ({listed}). Give this one its own NAME, or use the old options"
             )
         stated = json.loads((self.folder / RUN).read_text())
+        facts = json.loads(json.dumps(facts))  # as they come back from the file: tuples as lists
         for key, value in facts.items():
             if stated.get(key) != value:
                 raise UserError(

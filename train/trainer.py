@@ -60,6 +60,7 @@ def train(options: TrainConfig) -> int:
         "model": {"name": model.name, "revision": model.revision},
         "condition": condition,
         "cache": {name: layer.summary.fingerprint for name, (_, layer) in samples.layers.items()},
+        "sizes": sorted({(s.bucket_width or 0, s.bucket_height or 0) for s in samples.samples}),
         "text_length": samples.shapes["t5.prompt_embeds"][0] if "t5.prompt_embeds" in samples.shapes else None,
     }
     accelerator = _accelerator(options)

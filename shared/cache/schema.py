@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ MANIFEST = "cache.json"
 SAMPLES = "samples.parquet"
 CAPTIONS = "captions.parquet"
 LAYER = "layer.json"
+
+MEND = "run the same `make preprocess` again to mend it, only what is damaged is made again."
+"""The end of a refusal whose damage the preprocessing stage finds and mends by itself."""
 
 SAMPLES_TABLE = pa.schema(
     [
@@ -67,7 +71,7 @@ class CacheError(UserError):
     """This cache cannot be used as it is: damaged, incomplete, of another version, or not a cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image (or one variant of it: a crop, a mirrored copy) with its captions; a row of `samples.parquet`."""
 
@@ -101,7 +105,7 @@ class Sample:
         return digest([source, self.placement])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caption:
     """One distinct caption; a row of `captions.parquet`. The empty one is always there."""
 
@@ -183,21 +187,16 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read a JSON file written from `seal`. Raises `CacheError` if it is missing, broken or altered."""
+    """Read a JSON file written from `seal`, without its checksum. Raises `CacheError` if it is missing, broken or
+    altered by as much as a space."""
+    data = _read_bytes(path)
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CacheError(f"{path} is missing; run the same `make preprocess` again to mend the cache.") from error
+        content = json.loads(data)
     except ValueError as error:
-        raise CacheError(
-            f"{path} is damaged (not JSON: {error}); run the same `make preprocess` again to mend it."
-        ) from error
+        raise CacheError(f"{path} is damaged (not JSON: {error}); {MEND}") from error
     stated = content.pop("checksum", None) if isinstance(content, dict) else None
-    if stated != checksum(canonical(content)):
-        raise CacheError(
-            f"{path} was altered: its checksum does not match its content. "
-            "Run the same `make preprocess` again to mend it."
-        )
+    if stated != checksum(canonical(content)) or data != atomic.json_bytes({**content, "checksum": stated}):
+        raise CacheError(f"{path} was altered: its checksum does not match its content; {MEND}")
     return content
 
 
@@ -207,38 +206,83 @@ def read_sealed_checksum(path: Path) -> str:
 
 
 def write_table(path: Path, table: pa.Table) -> str:
-    """Write a Parquet table whole or not at all; its checksum comes back."""
-    with atomic.writing(path) as file:
-        pq.write_table(table, file, compression="zstd")
-    return file_checksum(path)
+    """Write a Parquet table whole or not at all; the file's checksum comes back.
+
+    The table's metadata are kept, and the checksum of the rows joins them: so the rows vouch for themselves where no
+    list vouches for the file yet.
+    """
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    table = table.replace_schema_metadata({**metadata, _ROWS_CHECKSUM: _rows_checksum(table, metadata)})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    data = memoryview(buffer.getvalue())
+    atomic.write_bytes(path, data)
+    return checksum(data)
+
+
+def read_table(path: Path, stated: str | None = None) -> pa.Table:
+    """A Parquet table as a whole, where its bytes have the checksum `stated` of them, or without one where its rows
+    have their own. Raises `CacheError` where it is missing, cannot be read or was altered."""
+    data = _read_bytes(path)
+    if stated is not None and checksum(data) != stated:
+        raise CacheError(f"{path} was altered: it does not have the checksum that the cache states; {MEND}")
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        own = metadata.pop(_ROWS_CHECKSUM, None)
+        sound = stated is not None or own == _rows_checksum(table, metadata)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CacheError(f"{path} is damaged ({str(error).splitlines()[0]}); {MEND}") from error
+    if not sound:
+        raise CacheError(f"{path} was altered: its rows do not have their own checksum; {MEND}")
+    return table
+
+
+_ROWS_CHECKSUM = "rows_checksum"
+
+
+def _rows_checksum(table: pa.Table, metadata: Mapping[str, str]) -> str:
+    return checksum(canonical([table.schema.names, dict(metadata), table.to_pydict()]))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CacheError(f"{path} is missing; {MEND}") from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read ({error.strerror}); {MEND}") from error
 
 
 def samples_table(samples: Sequence[Sample]) -> pa.Table:
     """`samples.parquet` for these samples."""
-    rows = [{**asdict(sample), "captions": list(sample.captions)} for sample in samples]
-    return pa.Table.from_pylist(rows, schema=SAMPLES_TABLE)
+    return _table(samples, SAMPLES_TABLE)
 
 
 def captions_table(captions: Sequence[Caption]) -> pa.Table:
     """`captions.parquet` for these captions."""
-    return pa.Table.from_pylist([asdict(caption) for caption in captions], schema=CAPTIONS_TABLE)
+    return _table(captions, CAPTIONS_TABLE)
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """The rows of a `samples.parquet`."""
-    return [Sample(**{**row, "captions": tuple(row["captions"])}) for row in read_table(path).to_pylist()]
+def _table(rows: Sequence[Sample] | Sequence[Caption], table_schema: pa.Schema) -> pa.Table:
+    columns = [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in table_schema]
+    return pa.Table.from_arrays(columns, schema=table_schema)
 
 
-def read_captions(path: Path) -> list[Caption]:
-    """The rows of a `captions.parquet`."""
-    return [Caption(**row) for row in read_table(path).to_pylist()]
+def read_samples(path: Path, stated: str | None = None) -> list[Sample]:
+    """The rows of a `samples.parquet`. Raises `CacheError` as `read_table`."""
+    table = read_table(path, stated)
+    columns = {name: table[name].to_pylist() for name in SAMPLES_TABLE.names}
+    # Few placements for many samples, and captions that many share: one string of each in memory.
+    once: dict[str, str] = {}
+    columns["placement"] = [text and once.setdefault(text, text) for text in columns["placement"]]
+    columns["captions"] = [tuple(once.setdefault(text, text) for text in texts) for texts in columns["captions"]]
+    for name in ("split", "status"):
+        columns[name] = [sys.intern(text) for text in columns[name]]
+    return [Sample(*row) for row in zip(*columns.values(), strict=True)]
 
 
-def read_table(path: Path) -> pa.Table:
-    """A Parquet table as a whole. Raises `CacheError` where it is missing or cannot be read."""
-    try:
-        return pq.read_table(path)
-    except FileNotFoundError as error:
-        raise CacheError(f"{path} is missing; run the same `make preprocess` again to mend the cache.") from error
-    except (pa.ArrowException, OSError) as error:
-        raise CacheError(f"{path} is damaged ({error}); run `make verify` to see what else is.") from error
+def read_captions(path: Path, stated: str | None = None) -> list[Caption]:
+    """The rows of a `captions.parquet`. Raises `CacheError` as `read_table`."""
+    table = read_table(path, stated)
+    return [Caption(*row) for row in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True)]

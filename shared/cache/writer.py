@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from shared import atomic
@@ -47,7 +46,8 @@ class _Summed(io.RawIOBase):
 class ShardWriter:
     """One shard: a WebDataset tar and its Parquet index. Both appear when the `with` block ends well, or neither counts.
 
-    The index is renamed last: a tar without an index is an unfinished shard, and the next run writes it again.
+    The index is renamed last: a tar without an index is an unfinished shard, and the next run writes it again. A full
+    disk raises `UserError`.
     """
 
     def __init__(self, folder: Path, number: int) -> None:
@@ -57,12 +57,19 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
+        index = self.folder / f"{self.name}.parquet"
+        assert _finished(index) is None, f"{index} is finished, and a finished shard is never changed"
+        # The index of a tar that is lost or cut off: beside the new tar it could pass for that one's.
+        index.unlink(missing_ok=True)
         self._file = _Summed(self._stack.enter_context(atomic.writing(self.folder / f"{self.name}.tar")))
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
         return self
 
     def add(self, key: str, input_digest: str, members: Mapping[str, bytes]) -> None:
         """Append a sample's members, suffix to content: `{"safetensors": ...}` becomes `KEY.safetensors`."""
+        assert members, f"{key} has nothing to store: a row with a reason belongs in its place"
+        assert "." not in key, f"{key}: for WebDataset a key ends at the first dot"
+        assert "/" not in key, f"{key}: for tar it would be a folder"
         for suffix, data in members.items():
             info = tarfile.TarInfo(f"{key}.{suffix}")  # no time, owner or mode of this machine: same data, same bytes
             info.size = len(data)
@@ -100,42 +107,48 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
             self._tar.close()
-        self._stack.__exit__(kind, error, trace)
-        if kind is None:
-            table = pa.Table.from_pylist(self._rows, schema=schema.INDEX_TABLE).replace_schema_metadata(
-                {"tar_bytes": str(self._file.count), "tar_checksum": self._file.sum.hexdigest()}
-            )
-            schema.write_table(self.folder / f"{self.name}.parquet", table)
+        table = pa.Table.from_pylist(self._rows, schema=schema.INDEX_TABLE).replace_schema_metadata(
+            {_TAR_BYTES: str(self._file.count), _TAR_CHECKSUM: self._file.sum.hexdigest()}
+        )
+        schema.write_table(self.folder / f"{self.name}.parquet", table)
+
+
+_TAR_BYTES, _TAR_CHECKSUM = "tar_bytes", "tar_checksum"
 
 
 def finished_shards(folder: Path) -> Iterator[tuple[Shard, pa.Table]]:
-    """The finished shards of a layer's folder in order, each with its index: tar and index there, sizes agreeing.
+    """The finished shards of a layer's folder in order, each with its index: sound index, tar of the size it states.
 
-    What does not agree is passed over: it will be written again. Checksums are `verify`'s business.
+    What is not so is passed over: it will be written again. What is in the tars is `verify`'s business.
     """
     for index in sorted(folder.glob("*.parquet")):
-        tar = index.with_suffix(".tar")
-        try:
-            table = pq.read_table(index)
-        except (pa.ArrowException, OSError):
-            continue  # a damaged index makes an unfinished shard: its samples are encoded again
-        stated = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        if not tar.is_file() or "tar_bytes" not in stated or tar.stat().st_size != int(stated["tar_bytes"]):
-            continue
-        errors = [status == "error" for status in table["status"].to_pylist()]
-        yield (
-            Shard(
-                name=index.stem,
-                rows=len(set(table["key"].to_pylist())),
-                errors=sum(errors),
-                tar_bytes=int(stated["tar_bytes"]),
-                tar_checksum=stated["tar_checksum"],
-                index_checksum=schema.file_checksum(index),
-            ),
-            table,
-        )
+        if (finished := _finished(index)) is not None:
+            yield finished
+
+
+def _finished(index: Path) -> tuple[Shard, pa.Table] | None:
+    try:
+        table = schema.read_table(index)
+    except schema.CacheError:
+        return None  # a lost or damaged index makes an unfinished shard: its samples are encoded again
+    stated = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    tar = index.with_suffix(".tar")
+    if not tar.is_file() or tar.stat().st_size != int(stated[_TAR_BYTES]):
+        return None
+    shard = Shard(
+        name=index.stem,
+        rows=len(set(table["key"].to_pylist())),
+        errors=table["status"].to_pylist().count("error"),
+        tar_bytes=int(stated[_TAR_BYTES]),
+        tar_checksum=stated[_TAR_CHECKSUM],
+        index_checksum=schema.file_checksum(index),
+    )
+    return shard, table
 
 
 def finished_rows(folder: Path) -> set[tuple[str, str]]:
@@ -160,38 +173,65 @@ def publish_layer(
     recipe: Mapping[str, Any],
     fields: Sequence[Field],
     made_with: Mapping[str, str],
-) -> str:
-    """Write `layer.json`: the layer is complete. Its checksum comes back."""
-    content = schema.seal(
-        {
-            "name": name,
-            "reads": reads,
-            "fingerprint": schema.fingerprint(recipe),
-            "recipe": dict(recipe),
-            "fields": [asdict(field) for field in fields],
-            "shards": [asdict(shard) for shard, _ in finished_shards(folder)],
-            "made_with": dict(made_with),
-        }
-    )
+) -> dict[str, Any]:
+    """Write `layer.json`, the list of the folder's finished shards; what the manifest says of the layer comes back.
+
+    Where the list is what it was, the file stays as it is: `made_with` are the versions that made its newest shard.
+    """
+    content = {
+        "name": name,
+        "reads": reads,
+        "fingerprint": schema.fingerprint(recipe),
+        "recipe": dict(recipe),
+        "fields": [asdict(field) for field in fields],
+        "shards": [asdict(shard) for shard, _ in finished_shards(folder)],
+    }
     path = folder / schema.LAYER
-    if not path.exists() or _without_versions(path) != {k: v for k, v in content.items() if k not in _VERSIONS}:
-        atomic.write_json(path, content)
-    return schema.read_sealed_checksum(path)
+    if _listed(path) != schema.canonical(content):
+        atomic.write_json(path, schema.seal({**content, "made_with": dict(made_with)}))
+    return _entry(folder)
 
 
-_VERSIONS = ("made_with", "checksum")
+def publish_layer_again(folder: Path) -> dict[str, Any]:
+    """Bring the list of shards of a published layer up to date, all else as it is. Raises `CacheError` where its
+    `layer.json` is missing or damaged."""
+    was = schema.read_sealed(folder / schema.LAYER)
+    return publish_layer(
+        folder, name=was["name"], reads=was["reads"], recipe=was["recipe"],
+        fields=[Field(**field) for field in was["fields"]], made_with=was["made_with"],
+    )  # fmt: skip
 
 
-def _without_versions(path: Path) -> dict[str, Any] | None:
+def _listed(path: Path) -> bytes | None:
+    """What a `layer.json` says, but for the versions; None where there is none that is sound."""
     try:
-        return {key: value for key, value in schema.read_sealed(path).items() if key not in _VERSIONS}
+        content = schema.read_sealed(path)
     except schema.CacheError:
-        return None  # damaged: to be written again
+        return None  # to be written again
+    del content["made_with"]
+    return schema.canonical(content)
 
 
-def publish_tables(cache: Path, samples: Sequence[Sample], captions: Sequence[Caption]) -> dict[str, Any]:
-    """Write `samples.parquet` and `captions.parquet`; what the manifest says of them comes back."""
+def _entry(folder: Path) -> dict[str, Any]:
+    path = folder / schema.LAYER
     return {
+        "folder": folder.name,
+        "fingerprint": schema.read_sealed(path)["fingerprint"],
+        "checksum": schema.read_sealed_checksum(path),
+    }
+
+
+def publish(
+    cache: Path,
+    *,
+    samples: Sequence[Sample],
+    captions: Sequence[Caption],
+    layers: Mapping[str, Mapping[str, Any]],
+    **facts: Any,
+) -> None:
+    """Write `samples.parquet`, `captions.parquet` and last, in one rename, `cache.json`: from now on a reader sees the
+    new cache. `layers` maps names to what `publish_layer` gave; `facts` go into the manifest as they are."""
+    tables = {
         "samples": {
             "rows": len(samples),
             "errors": sum(sample.status == "error" for sample in samples),
@@ -202,14 +242,8 @@ def publish_tables(cache: Path, samples: Sequence[Sample], captions: Sequence[Ca
             "checksum": schema.write_table(cache / schema.CAPTIONS, schema.captions_table(captions)),
         },
     }
-
-
-def publish_manifest(cache: Path, content: Mapping[str, Any]) -> None:
-    """Write `cache.json`, the last act of preprocessing: from now on a reader sees the new cache."""
-    atomic.write_json(
-        cache / schema.MANIFEST,
-        schema.seal({"format": schema.FORMAT, "schema_version": schema.SCHEMA_VERSION, **content}),
-    )
+    head = {"format": schema.FORMAT, "schema_version": schema.SCHEMA_VERSION}
+    atomic.write_json(cache / schema.MANIFEST, schema.seal({**head, **facts, "layers": dict(layers), **tables}))
 
 
 def bytes_on_disk(folder: Path) -> int:

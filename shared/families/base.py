@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.cache.schema import Field
 from shared.model_folder import ModelFolder
@@ -79,6 +81,27 @@ Encode = Callable[[Any], Tensors]
 
 Decode = Callable[[torch.Tensor, int, int], torch.Tensor]
 """x_0 (B, T, C), height, width -> uint8 (B, H, W, 3) on the CPU."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to paint: drawings with their prompts, and how."""
+
+    drawings: list[NDArray[np.uint8]]
+    """uint8 (H, W, 3) each, all of one size, as the ControlNet saw them in training."""
+    prompts: list[str]
+    seeds: list[int]
+    num_steps: int
+    guidance: float
+    scale: float
+    """How strongly the ControlNet acts: 0 paints without it."""
+    text_length: int
+    """T5 tokens: the length of the training cache."""
+    control_mode: int | None = None
+
+
+Paint = Callable[[Order], list[NDArray[np.uint8]]]
+"""Drawings and prompts -> pictures, uint8 (H, W, 3) each."""
 
 
 class Family(ABC):
@@ -189,6 +212,10 @@ class Family(ABC):
     @abstractmethod
     def open_decoder(self, model: ModelFolder, device: str, dtype: torch.dtype) -> Decode:
         """Load the decoder alone: the encoder's weights are not read."""
+
+    @abstractmethod
+    def open_painter(self, model: ModelFolder, controlnet: Path, device: str, dtype: torch.dtype) -> Paint:
+        """Load the whole pipeline for inference, text encoders and all. Training never calls this."""
 
     @abstractmethod
     def tiny(self, folder: Path, seed: int = 0) -> Path:

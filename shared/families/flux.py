@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from shared.cache.schema import Field
 from shared.errors import UserError
-from shared.families.base import Batch, Decode, Encode, Family, Inputs, LayerKind, Tensors
+from shared.families.base import Batch, Decode, Encode, Family, Inputs, LayerKind, Order, Paint, Tensors
 from shared.model_folder import ModelFolder, resolve, tensors_sha256
 
 _MOMENTS = (
@@ -119,7 +121,7 @@ class Flux(Family):
         from diffusers import FluxTransformer2DModel
 
         model.weights("transformer")
-        return FluxTransformer2DModel.from_pretrained(model.path / "transformer", torch_dtype=dtype).eval()
+        return FluxTransformer2DModel.from_pretrained(model.path / "transformer", dtype=dtype).eval()
 
     def max_depth(self, model: ModelFolder) -> tuple[int, int]:
         config = model.config("transformer")
@@ -153,7 +155,7 @@ class Flux(Family):
         folder = path if path.is_dir() else resolve_controlnet(source)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} holds no ControlNet: config.json is missing")
-        return FluxControlNetModel.from_pretrained(folder, torch_dtype=dtype)
+        return FluxControlNetModel.from_pretrained(folder, dtype=dtype)
 
     def check_controlnet(self, controlnet: torch.nn.Module, base: torch.nn.Module, control_mode: int | None) -> None:
         for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "num_attention_heads"):
@@ -169,7 +171,8 @@ class Flux(Family):
         num_modes = controlnet.config["num_mode"]
         if num_modes is not None and (control_mode is None or not 0 <= control_mode < num_modes):
             raise UserError(
-                f"the ControlNet to start from is a union of {num_modes} modes: set control_mode from 0 to {num_modes - 1}"
+                f"the ControlNet to start from is a union of {num_modes} modes: "
+                f"set control_mode from 0 to {num_modes - 1}"
             )
         if num_modes is None and control_mode is not None:
             raise UserError("control_mode is set, but this ControlNet is not a union: leave it out")
@@ -276,6 +279,40 @@ class Flux(Family):
             return (pixels.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
         return decode
+
+    def open_painter(self, model: ModelFolder, controlnet: Path, device: str, dtype: torch.dtype) -> Paint:
+        from diffusers import FluxControlNetModel, FluxControlNetPipeline
+
+        pipeline = FluxControlNetPipeline.from_pretrained(
+            model.path,
+            controlnet=FluxControlNetModel.from_pretrained(controlnet, dtype=dtype),
+            dtype=dtype,
+        )
+        pipeline.set_progress_bar_config(disable=None)
+        modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        needed = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        if device == "cuda" and needed > 0.8 * torch.cuda.get_device_properties(0).total_memory:
+            pipeline.enable_model_cpu_offload()  # one component on the GPU at a time: FLUX.1-dev with T5 needs 34 GB
+        else:
+            pipeline.to(device)
+
+        def paint(order: Order) -> list[NDArray[np.uint8]]:
+            height, width = order.drawings[0].shape[:2]
+            pictures = pipeline(
+                prompt=order.prompts,
+                control_image=[Image.fromarray(drawing) for drawing in order.drawings],
+                control_mode=order.control_mode,
+                height=height,
+                width=width,
+                num_inference_steps=order.num_steps,
+                guidance_scale=order.guidance,
+                controlnet_conditioning_scale=order.scale,
+                max_sequence_length=order.text_length,
+                generator=[torch.Generator().manual_seed(seed) for seed in order.seeds],
+            ).images
+            return [np.asarray(picture) for picture in pictures]
+
+        return paint
 
     def tiny(self, folder: Path, seed: int = 0) -> Path:
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel

@@ -1,0 +1,71 @@
+# Underdrawing: each target is a thin call of one command. `make` alone prints this help.
+#
+#   make demo                                  the main job on what ships with the project, in minutes, without a GPU
+#   make preprocess DATA=~/pictures            encode images and captions once, into CACHE
+#   make train                                 train a ControlNet from CACHE; nothing is encoded again
+#   make sample RUN=runs/depth-2-4 IMAGE=drawing.png PROMPT="..."
+#   make verify                                check every byte of CACHE
+#   make test                                  all tests (CPU, no network)
+#   make lint                                  ruff and mypy
+#   make clean                                 remove the virtual environment; never a cache or a run
+#
+# Variables, with their defaults:
+#   CACHE=cache  MODEL=black-forest-labs/FLUX.1-dev  CONDITION=lineart  RESOLUTION=512     (preprocess)
+#   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1                                     (train)
+#   RECIPE=some.yaml    options from a file             ARGS="--option value ..."  any option of the command
+#   every option: python -m preprocess --help, python -m train --help, python -m train.sample --help
+
+CACHE ?= cache
+PYTHON ?= python3
+VENV := .venv
+RUN_PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# Threads that wait without spinning: on a machine that does anything else, spinning ones slow each other down.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+option = $(if $($(1)),--$(2) $($(1)))
+recipe = $(call option,RECIPE,recipe)
+
+.PHONY: help demo preprocess train sample verify test lint clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+$(INSTALLED): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "setting up $(VENV) (a few minutes and 6.5 GB, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN_PYTHON) -m pip install --quiet --upgrade pip
+	$(RUN_PYTHON) -m pip install --quiet -r requirements-dev.txt
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	@$(RUN_PYTHON) -m examples.demo $(ARGS)
+
+preprocess: $(INSTALLED)
+	@$(if $(DATA),,echo 'error: make preprocess needs DATA=folder-of-images' >&2; exit 2)
+	@$(RUN_PYTHON) -m preprocess $(recipe) --data "$(DATA)" --cache "$(CACHE)" $(call option,MODEL,model) \
+		$(call option,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution) $(ARGS)
+
+train: $(INSTALLED)
+	@$(if $(filter-out 1,$(or $(GPUS),1)),$(VENV)/bin/accelerate launch --num_processes $(GPUS) -m,$(RUN_PYTHON) -m) train \
+		$(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,NAME,name) $(call option,MODEL,model) \
+		$(call option,CONDITION,condition) $(call option,STEPS,steps) $(ARGS)
+
+sample: $(INSTALLED)
+	@$(if $(and $(RUN),$(IMAGE),$(PROMPT)),,echo 'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="..."' >&2; exit 2)
+	@$(RUN_PYTHON) -m train.sample --run "$(RUN)" --image "$(IMAGE)" --prompt "$(PROMPT)" $(ARGS)
+
+verify: $(INSTALLED)
+	@$(RUN_PYTHON) -m shared.cache.verify "$(CACHE)"
+
+test: $(INSTALLED)
+	@$(RUN_PYTHON) -m pytest -n 2 $(ARGS)
+
+lint: $(INSTALLED)
+	@$(RUN_PYTHON) -m ruff check .
+	@$(RUN_PYTHON) -m ruff format --check .
+	@$(RUN_PYTHON) -m mypy
+
+clean:
+	rm -rf $(VENV)
