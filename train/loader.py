@@ -7,11 +7,13 @@ stream, so the same stream serves any number of processes, and resuming means: g
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,12 @@ class CachedSamples:
         by_rows: dict[str, list[Layer]] = {"samples": [], "captions": []}
         for kind, layer in self.layers.values():
             by_rows[kind.rows].append(layer)
+        for layer in by_rows["captions"]:
+            if EMPTY_CAPTION not in layer:
+                raise UserError(
+                    f"layer '{layer.summary.name}' of {cache.path} lacks the empty caption, which caption dropout needs "
+                    f"({layer.errors[EMPTY_CAPTION]}); preprocess again"
+                )
         of_split = [sample for sample in cache.samples.values() if sample.split == split]
         self.samples: list[Sample] = usable(of_split, by_rows["samples"], by_rows["captions"])
         self.num_left_out = len(of_split) - len(self.samples)
@@ -93,9 +101,15 @@ class CachedSamples:
         """R: drawings of each sample's condition."""
         return self.shapes["condition_latents.mean"][0]
 
+    @cached_property
     def digest(self) -> str:
         """Identity of this very set of samples and captions in this order: what an exact resume depends on."""
-        return digest([[sample.key, sample.input("image"), list(sample.captions)] for sample in self.samples])
+        return digest(
+            [
+                [sample.key, sample.input("image"), sample.input("conditioning_image"), list(sample.captions)]
+                for sample in self.samples
+            ]
+        )
 
     def batch(self, indices: Sequence[int], captions: Sequence[str], drawings: Sequence[int]) -> Batch:
         """Stack samples of one shape: for each index the caption (id) and which of its drawings to take."""
@@ -191,38 +205,38 @@ class Loader:
         ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=self.options.prefetch)
         stopped = threading.Event()
 
+        def put(item: Batch | BaseException) -> None:
+            while not stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
         def work() -> None:
-            step = self.step
+            first = self.step * self.batches_per_step + self.rank
             try:
-                while True:
-                    for micro in range(self.options.accumulation):
-                        batch = self.make(step * self.batches_per_step + micro * self.num_ranks + self.rank)
-                        while not stopped.is_set():
-                            try:
-                                ready.put(batch, timeout=0.2)
-                                break
-                            except queue.Full:
-                                continue
-                        if stopped.is_set():
-                            return
-                    step += 1
+                for position in itertools.count(first, self.num_ranks):
+                    put(self.make(position))
+                    if stopped.is_set():
+                        return
             except BaseException as error:  # handed to the training thread, which raises it
-                ready.put(error)
+                put(error)
+
+        def take() -> Batch:
+            item = ready.get()
+            if isinstance(item, BaseException):  # the last thing that the thread says
+                raise item
+            return item
 
         thread = threading.Thread(target=work, name="loader", daemon=True)
         thread.start()
         try:
             while True:
                 began = time.perf_counter()
-                taken = [ready.get() for _ in range(self.options.accumulation)]
+                taken = [take() for _ in range(self.options.accumulation)]
                 self.waited_seconds = time.perf_counter() - began
-                batches = []
-                for item in taken:
-                    if isinstance(item, BaseException):
-                        raise item
-                    batches.append(to_device(item, self.device))
                 self.step += 1
-                yield batches
+                yield [to_device(batch, self.device) for batch in taken]
         finally:
             stopped.set()
             thread.join()
@@ -234,17 +248,17 @@ class Loader:
             "batches_per_step": self.batches_per_step,
             "seed": self.seed,
             "batch_size": self.options.batch_size,
-            "samples": self.samples.digest(),
+            "samples": self.samples.digest,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises `UserError` where the stream is not the one it was saved from."""
         for key, value in self.state().items():
-            if key != "step" and state[key] != value:
+            if key != "step" and state.get(key) != value:
                 what = {
                     "samples": "the cache holds other samples than when this run began",
-                    "batches_per_step": f"processes x accumulation was {state[key]}, is {value}",
-                }.get(key, f"{key} was {state[key]}, is {value}")
+                    "batches_per_step": f"processes x loader.accumulation was {state.get(key)}, is {value}",
+                }.get(key, f"{key} was {state.get(key)}, is {value}")
                 raise UserError(f"cannot resume at the exact position: {what}; restore it, or start another NAME")
         self.step = int(state["step"])
 

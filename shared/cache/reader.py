@@ -7,12 +7,13 @@ member's small header. Each member's checksum is verified the first time this pr
 from __future__ import annotations
 
 import json
-import mmap
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import torch
 
 from shared.cache import schema
@@ -23,15 +24,21 @@ SAFETENSORS = "safetensors"
 """The member of a sample that holds its tensors."""
 
 _DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+    "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
     "I32": torch.int32,
+    "U64": torch.uint64,
     "I64": torch.int64,
-    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
 }
 
 
@@ -58,7 +65,8 @@ class LayerSummary:
 
 
 class Layer:
-    """One layer of an opened cache. Holds its shards mapped; cheap to pass to threads, opened anew in processes."""
+    """One layer of an opened cache, its shards mapped when first read. Threads may share it; a process that is given
+    one maps the shards anew."""
 
     def __init__(self, folder: Path, summary: LayerSummary, wanted: Mapping[str, str]) -> None:
         """`wanted` maps each key to the digest of its input; anything else in the shards is not looked at.
@@ -66,74 +74,103 @@ class Layer:
         Raises `CacheError` where a shard is missing or has another size, or a wanted sample is in no shard.
         """
         self.folder, self.summary = folder, summary
-        self.errors: dict[str, str] = {}
-        """Samples that have nothing in this layer, with the reason."""
-        self._places: dict[str, dict[str, Place]] = {}
-        self._maps: dict[str, mmap.mmap] = {}
-        self._verified: set[tuple[str, int]] = set()
+        # Indexes of a hundred thousand samples as Python objects would be hundreds of MB: the columns stay Arrow's,
+        # and a key maps to the numbers of its rows.
+        self._rows: dict[str, list[int] | None] = dict.fromkeys(wanted)
+        self._starts: list[int] = []
+        """The number of each shard's first row."""
+        self._maps: dict[str, memoryview] = {}
+        errors: dict[str, str] = {}
+        columns = [schema.INDEX_TABLE.empty_table().select(_PLACE)]
+        start = 0
         for shard in summary.shards:
-            self._read_index(shard, wanted)
-        absent = [key for key in wanted if key not in self._places and key not in self.errors]
+            index = self._index(shard)
+            self._starts.append(start)
+            self._find(index, start, wanted, errors)
+            columns.append(index.select(_PLACE).replace_schema_metadata())
+            start += len(index)
+        self._places = pa.concat_tables(columns).combine_chunks()
+        self._verified = bytearray(start)
+        """By row: 1 once this process has compared the member with its checksum."""
+        self.errors = {key: reason for key, reason in errors.items() if self._rows[key] is None}
+        """Samples that have nothing in this layer, with the reason."""
+        absent = [key for key, rows in self._rows.items() if rows is None and key not in self.errors]
         if absent:
             raise CacheError(
-                f"layer '{summary.name}' has nothing for {len(absent)} of {len(wanted)} rows (first: {absent[0]}); "
-                "run the same `make preprocess` again to complete it."
+                f"layer '{summary.name}' of {folder.parent} has nothing for {len(absent)} of {len(wanted)} rows "
+                f"(first: {absent[0]}); {schema.MEND}"
             )
 
-    def _read_index(self, shard: Shard, wanted: Mapping[str, str]) -> None:
-        index, tar = self.folder / f"{shard.name}.parquet", self.folder / f"{shard.name}.tar"
-        if not index.is_file() or schema.file_checksum(index) != shard.index_checksum:
-            raise CacheError(f"{index} is missing or was altered; run `make verify` for a list of what is damaged.")
-        if not tar.is_file() or tar.stat().st_size != shard.tar_bytes:
-            size = f"{tar.stat().st_size} bytes" if tar.is_file() else "missing"
-            raise CacheError(
-                f"{tar} is {size} but should have {shard.tar_bytes} bytes; remove it and run the same "
-                "`make preprocess` again: only its samples are encoded again."
-            )
-        for row in schema.read_table(index).to_pylist():
-            key = row["key"]
-            if wanted.get(key) != row["input"]:
+    def _index(self, shard: Shard) -> pa.Table:
+        tar = self.folder / f"{shard.name}.tar"
+        if not tar.is_file():
+            raise CacheError(f"{tar} is missing; {schema.MEND}")
+        if (size := tar.stat().st_size) != shard.tar_bytes:
+            raise CacheError(f"{tar} has {size} bytes instead of {shard.tar_bytes}; {schema.MEND}")
+        return schema.read_table(self.folder / f"{shard.name}.parquet", shard.index_checksum)
+
+    def _find(self, index: pa.Table, start: int, wanted: Mapping[str, str], errors: dict[str, str]) -> None:
+        columns = (index[name].to_pylist() for name in ("key", "input", "status", "error"))
+        for row, (key, input_digest, status, error) in enumerate(zip(*columns, strict=True), start):
+            if wanted.get(key) != input_digest:
                 continue  # a removed sample, or an earlier state of this one
-            if row["status"] == "ok":
-                place = Place(shard.name, row["offset"], row["length"], row["checksum"])
-                self._places.setdefault(key, {})[row["member"]] = place
+            if status == "error":
+                errors[key] = error
+            elif (rows := self._rows[key]) is None:
+                self._rows[key] = [row]
             else:
-                self.errors[key] = row["error"]
+                rows.append(row)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return self._rows.get(key) is not None
 
-    def members(self, key: str) -> Mapping[str, Place]:
-        """Suffix to place of everything that is stored for this key."""
-        return self._places[key]
+    def members(self, key: str) -> dict[str, Place]:
+        """Suffix to place of everything that is stored for this key. Raises `KeyError` where there is nothing."""
+        return {member: place for member, (_, place) in self._members(key).items()}
+
+    def _members(self, key: str) -> dict[str, tuple[int, Place]]:
+        rows = self._rows[key]
+        if rows is None:
+            raise KeyError(key)
+        found = {}
+        for row in rows:
+            member, offset, length, checksum = (self._places[name][row].as_py() for name in _PLACE)
+            shard = self.summary.shards[bisect_right(self._starts, row) - 1]
+            found[member] = row, Place(shard.name, offset, length, checksum)
+        return found
 
     def read(self, key: str, member: str = SAFETENSORS) -> memoryview:
         """The bytes of a member, not copied. Raises `CacheError` if they are not the ones that were written."""
-        place = self._places[key][member]
-        view = memoryview(self._map(place.shard))[place.offset : place.offset + place.length]
-        if (place.shard, place.offset) not in self._verified:
+        row, place = self._members(key)[member]
+        view = self._map(place.shard)[place.offset : place.offset + place.length]
+        if not self._verified[row]:
             if schema.checksum(view) != place.checksum:
                 raise CacheError(
                     f"sample '{key}' of layer '{self.summary.name}' was altered on disk "
                     f"({self.folder / place.shard}.tar at byte {place.offset}); run `make verify` to see what else is, "
-                    "remove the damaged shard, and run the same `make preprocess` again."
+                    "remove the damaged .tar, and run the same `make preprocess` again."
                 )
-            self._verified.add((place.shard, place.offset))
+            self._verified[row] = 1
         return view
 
     def tensors(self, key: str) -> dict[str, torch.Tensor]:
         """The tensors stored for this key, views of the mapped file: copy before writing to them."""
         return parse_safetensors(self.read(key))
 
-    def _map(self, shard: str) -> mmap.mmap:
+    def _map(self, shard: str) -> memoryview:
         if shard not in self._maps:
-            with open(self.folder / f"{shard}.tar", "rb") as file:
-                # Copy-on-write: torch wants writable memory; nothing that is written ever reaches the file.
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            tar = self.folder / f"{shard}.tar"
+            # torch's map and not Python's, which keeps a file open for each: thousands of shards would be too many.
+            # Private: what were written to a tensor would not reach the file.
+            mapped = torch.from_file(str(tar), shared=False, size=tar.stat().st_size, dtype=torch.uint8)
+            self._maps[shard] = mapped.numpy().data
         return self._maps[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
+
+
+_PLACE = ["member", "offset", "length", "checksum"]
 
 
 class Cache:
@@ -157,14 +194,9 @@ class Cache:
                 f"{path} has cache schema version {version}, this code reads {schema.SCHEMA_VERSION}; "
                 "use the version of Underdrawing that made it, or preprocess again into another folder."
             )
-        for name in (schema.SAMPLES, schema.CAPTIONS):
-            stated = self.manifest[Path(name).stem]["checksum"]
-            if not (path / name).is_file() or schema.file_checksum(path / name) != stated:
-                raise CacheError(
-                    f"{path / name} is missing or was altered; run the same `make preprocess` again to mend it."
-                )
-        self.samples = {sample.key: sample for sample in schema.read_samples(path / schema.SAMPLES)}
-        self.captions = {caption.id: caption for caption in schema.read_captions(path / schema.CAPTIONS)}
+        sums = {name: self.manifest[name]["checksum"] for name in ("samples", "captions")}
+        self.samples = {s.key: s for s in schema.read_samples(path / schema.SAMPLES, sums["samples"])}
+        self.captions = {c.id: c for c in schema.read_captions(path / schema.CAPTIONS, sums["captions"])}
 
     @property
     def family(self) -> str:
@@ -194,10 +226,10 @@ class Cache:
         path = self.path / entry["folder"] / schema.LAYER
         content = schema.read_sealed(path)
         if (
-            content["fingerprint"] != entry["fingerprint"]
+            schema.checksum(schema.canonical(content)) != entry["checksum"]
             or schema.fingerprint(content["recipe"]) != entry["fingerprint"]
         ):
-            raise CacheError(f"{path} is not the layer that {schema.MANIFEST} names; run `make preprocess` again.")
+            raise CacheError(f"{path} is not the one that {schema.MANIFEST} names; {schema.MEND}")
         return LayerSummary(
             name=name,
             folder=entry["folder"],
