@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,8 @@ def write_layouts(folder: Path, count: int) -> dict[str, Callable[[int], dict[st
             shard.add(f"{i:05d}", "x", {"safetensors": save(tensors)})
             save_file(tensors, folder / f"{i:05d}.safetensors")
             torch.save(tensors, folder / f"{i:05d}.pt")
-            np.savez(folder / f"{i:05d}.npz", **{name: tensor.float().numpy() for name, tensor in tensors.items()})
+            arrays: dict[str, Any] = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+            np.savez(folder / f"{i:05d}.npz", **arrays)
     shards = tuple(shard for shard, _ in writer.finished_shards(folder / "layer"))
     summary = LayerSummary("all", "layer", "caption", "", {}, (), shards)
     layer = Layer(folder / "layer", summary, {f"{i:05d}": "x" for i in range(count)})

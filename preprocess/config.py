@@ -70,8 +70,8 @@ class PreprocessConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the encoders and of the cache. bf16 is what pipelines are run in."""
     validation_fraction: float = 0.05
-    """Share of images that are held out for validation where the data set does not say, roughly: each name's hash decides
-    for itself, so that added images change nothing for the others."""
+    """Share of images that are held out for validation where the data set does not say. Each name's hash decides for
+    itself, so that it is roughly this share, and added images change nothing for the others."""
     validation_max: int = 64
     """The most images that are held out."""
     device: Literal["auto", "cpu"] = "auto"

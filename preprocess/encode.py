@@ -39,7 +39,7 @@ Produce = Callable[[Sequence[str]], Iterator[Row]]
 """Keys of one shard -> a row for each; the same keys in the same order give the same rows in the same order."""
 
 Load = Callable[[str], NDArray[np.uint8]]
-"""Key -> its pixels, uint8 (..., H, W, 3); `ImageError` with the reason where there are none. Several threads call it."""
+"""Key -> its pixels, uint8 (..., H, W, 3), or `ImageError` with the reason why there are none. Called by threads."""
 
 Draw = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """uint8 (B, H, W, 3) -> uint8 (B, R, H, W, 3)."""

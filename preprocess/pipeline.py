@@ -7,8 +7,11 @@ interrupted and an undisturbed run write the same bytes.
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +45,8 @@ class Work:
     shard_rows: int
     row_bytes: Callable[[int], int]
     """Pixels of a sample -> its bytes on disk, for the check before the start."""
-    open: Callable[[], Produce]
-    """Load the producer. It is freed when the returned callable goes."""
+    open: Callable[[], AbstractContextManager[Produce]]
+    """Load the producer, for the length of a `with` block."""
     folder: Path = field(default_factory=Path)
     missing: list[str] = field(default_factory=list)
     """Keys whose rows have to be made, in shard order."""
@@ -57,18 +60,31 @@ class Work:
 def preprocess(options: PreprocessConfig) -> int:
     """Make or complete the cache. Exit code 0, or 3 where samples had to be left out (each is named with its reason).
 
-    Raises `UserError` before any model is loaded where something is missing, does not fit or will not fit the disk.
+    Raises `UserError` before any image is read where options, data set, model or detectors are not fit, and before any
+    encoder runs where the result will not fit the disk.
     """
     quiet_libraries()
     family = families.get(options.family)
-    data, cache = Path(options.data).expanduser(), Path(options.cache)
+    data, cache = Path(options.data).expanduser(), Path(options.cache).expanduser()
     records = list(sources.read(data, options.source))
     if unmentioned := sources.num_unmentioned_images(data, records):
         warn(f"{unmentioned} image file(s) in {data} are not named by its metadata.jsonl: they are no samples")
+    _check_conditioning(options, records)
     components = sorted({component for kind in family.layers for component in kind.components})
     model = resolve(options.model or family.default_model, components, options.revision)
+    family.check_encoders(model)
     with atomic.alone(cache, "preprocessing into"):
         return _Stage(options, family, model, data, cache).run(records)
+
+
+def _check_conditioning(options: PreprocessConfig, records: Sequence[sources.Record]) -> None:
+    for name in options.condition:
+        needs = conditions.get(name).reads == "conditioning_image"
+        if needs and not any(record.conditioning is not None for record in records):
+            raise UserError(
+                f"condition '{name}' takes the drawings that come with the images, but {options.data} names none; give "
+                f"each line of {sources.METADATA} a 'conditioning_image', or choose another condition"
+            )
 
 
 class _Stage:
@@ -77,19 +93,21 @@ class _Stage:
         self.device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
         self.dtype = _DTYPES[options.precision]
         self.text_length = options.text_length or family.max_text_length
+        self._inputs: dict[Reads, dict[str, str]] = {}
 
     def run(self, records: Sequence[sources.Record]) -> int:
+        works = self._works()  # before the images are read: it refuses where a detector's weights are missing
         self.plan = self._plan(records)
         self.samples = {sample.key: sample for sample in self.plan.samples}
         self.captions = {caption.id: caption for caption in self.plan.captions}
-        works = self._works()
+        _remove_parts(self.cache)
         for work in works:
             self._find_missing(work)
         self._check_disk(works)
         self._warn_truncated(works)
         made = {work.name: self._do(work) for work in works}
-        self._publish(works)
-        return self._report(works, made)
+        kept = self._publish(works)
+        return self._report(works, made, kept)
 
     def _plan(self, records: Sequence[sources.Record]) -> plan.Plan:
         path = self.cache / schema.SAMPLES
@@ -97,6 +115,11 @@ class _Stage:
             before = schema.read_samples(path) if path.is_file() else []
         except schema.CacheError:
             before = []  # damaged: every image is decoded again, and the file is written anew at the end
+        if gone := {sample.source for sample in before} - {record.name for record in records}:
+            warn(
+                f"{len(gone)} image(s) of the cache, as {min(gone)}, are no longer in {self.data}: they are no samples "
+                "any more (what was encoded of them stays in its shards)"
+            )
         return plan.make(records, self.options, self.family.size_multiple, before)
 
     # The layers
@@ -107,31 +130,36 @@ class _Stage:
             if kind.reads == "condition":
                 continue
             by_reads[kind.reads].append(self._work(kind, kind.name, "image" if kind.reads == "image" else "caption"))
-        condition_kinds = [kind for kind in self.family.layers if kind.reads == "condition"]
         for name in self.options.condition:
             drawing = self._drawing_work(name)
             by_reads["condition"].append(drawing)
-            for kind in condition_kinds:
-                by_reads["condition"].append(
-                    self._work(kind, kind.name.replace("condition", name), drawing.reads, drawing)
-                )
+            for kind in self._condition_kinds():
+                by_reads["condition"].append(self._work(kind, _layer_name(kind, name), drawing.reads, drawing))
         return [*by_reads["image"], *by_reads["condition"], *by_reads["caption"]]
 
     def _recipe(self, name: str, rest: Mapping[str, Any]) -> dict[str, Any]:
         return {"layer": name, "schema_version": schema.SCHEMA_VERSION, **rest}
 
-    def _work(self, kind: LayerKind, name: str, reads: Reads, drawing: Work | None = None) -> Work:
+    def _condition_kinds(self) -> list[LayerKind]:
+        return [kind for kind in self.family.layers if kind.reads == "condition"]
+
+    def _encoder_recipe(self, kind: LayerKind, name: str, drawings: str | None) -> dict[str, Any]:
+        """`drawings`: fingerprint of the layer that is encoded, where it is not the images or captions themselves."""
         recipe = self.family.encoder_recipe(kind, self.model, self.text_length)
         recipe["precision"] = str(self.dtype).removeprefix("torch.")
-        if drawing is not None:
-            recipe["drawings"] = drawing.fingerprint
+        if drawings is not None:
+            recipe["drawings"] = drawings
         elif kind.reads == "image":
             recipe["resampling"] = "lanczos"
+        return self._recipe(name, recipe)
+
+    def _work(self, kind: LayerKind, name: str, reads: Reads, drawing: Work | None = None) -> Work:
+        recipe = self._encoder_recipe(kind, name, None if drawing is None else drawing.fingerprint)
         num_drawings = 1 if drawing is None else self._condition(drawing.name).num_drawings
         work = Work(
             name=name,
             reads=reads,
-            recipe=self._recipe(name, recipe),
+            recipe=recipe,
             fields=tuple(replace(f, dtype=recipe["precision"]) if f.dtype == "as encoded" else f for f in kind.fields),
             shard_rows=self.options.encode.shard_rows or kind.shard_rows,
             row_bytes=lambda pixels: (
@@ -142,17 +170,25 @@ class _Stage:
         work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
         return work
 
-    def _open(self, kind: LayerKind, drawing: Work | None) -> Produce:
+    @contextmanager
+    def _open(self, kind: LayerKind, drawing: Work | None) -> Iterator[Produce]:
         encoder = self.family.open_encoder(kind, self.model, self.device, self.dtype, self.text_length)
         size = self.options.encode
         if kind.reads == "caption":
-            return encode.captions_producer(self.captions, encoder, size.text_batch)
-        if drawing is not None:
+            yield encode.captions_producer(self.captions, encoder, size.text_batch)
+        elif drawing is None:
+            yield encode.images_producer(self._load("image"), encoder, size.image_batch, size.workers)
+        else:
             layer = self._layer(drawing)
-            return encode.images_producer(
-                lambda key: encode.load_drawings(layer, key), encoder, size.image_batch, size.workers
-            )
-        return encode.images_producer(self._load("image"), encoder, size.image_batch, size.workers)
+            # A sample's drawings are encoded together: fewer samples at a time in the same memory.
+            batch = max(1, size.image_batch // self._condition(drawing.name).num_drawings)
+            yield encode.images_producer(lambda key: encode.load_drawings(layer, key), encoder, batch, size.workers)
+
+    @contextmanager
+    def _open_drawer(self, condition: conditions.Condition[Any]) -> Iterator[Produce]:
+        size = self.options.encode
+        with condition.open(self.device) as draw:
+            yield encode.drawings_producer(self._load(condition.reads), draw, size.image_batch, size.workers)
 
     def _condition(self, name: str) -> conditions.Condition[Any]:
         return conditions.get(name)(getattr(self.options.conditions, name))
@@ -167,17 +203,12 @@ class _Stage:
             shard_rows=self.options.encode.shard_rows or 256,
             # PNG of line art: measured 0.1 to 0.3 bytes a pixel; photographs as conditions up to 2.
             row_bytes=lambda pixels: condition.num_drawings * (pixels // 3 + 1024),
-            open=lambda: encode.drawings_producer(
-                self._load(condition.reads),
-                condition.open(self.device),
-                self.options.encode.image_batch,
-                self.options.encode.workers,
-            ),
+            open=lambda: self._open_drawer(condition),
         )
         work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
         return work
 
-    def _load(self, reads: Reads) -> Callable[[str], Any]:
+    def _load(self, reads: Reads) -> encode.Load:
         return lambda key: encode.load_placed(self.data, self.samples[key], reads)
 
     def _layer(self, work: Work) -> Layer:
@@ -190,7 +221,9 @@ class _Stage:
         return Layer(work.folder, summary, self._wanted(work.reads))
 
     def _wanted(self, reads: Reads) -> dict[str, str]:
-        return wanted(reads, self.plan.samples, self.plan.captions)
+        if reads not in self._inputs:
+            self._inputs[reads] = wanted(reads, self.plan.samples, self.plan.captions)
+        return self._inputs[reads]
 
     # What is missing, and whether it fits
 
@@ -236,90 +269,113 @@ class _Stage:
             return
         texts = [caption.text for caption in self.plan.captions]
         if truncated := self.family.count_truncated(self.model, texts, self.text_length):
-            warn(
-                f"{truncated} of {len(texts)} captions have more than {self.text_length} T5 tokens: their end is cut off"
-            )
+            warn(f"{truncated} of {len(texts)} captions are cut off after {self.text_length} T5 tokens (text_length)")
 
     # Doing it
 
     def _do(self, work: Work) -> int:
         """Make the missing rows of one layer; how many it was."""
-        inputs = self._wanted(work.reads)
         if work.missing:
-            produce = work.open()
-            numbers = writer.unused_numbers(work.folder)
-            with progress(title=work.name, unit="row", total=len(work.missing)) as bar:
-                for unit in self._units(work):
-                    with writer.ShardWriter(work.folder, next(numbers)) as shard:
-                        for row in produce(unit):
-                            if row.members is None:
-                                shard.add_error(row.key, inputs[row.key], row.error or "unknown")
-                            else:
-                                shard.add(row.key, inputs[row.key], row.members)
-                            bar.update()
-            del produce
+            try:
+                self._make_missing(work)
+            except torch.OutOfMemoryError as error:
+                option = "text_batch" if work.reads == "caption" else "image_batch"
+                raise UserError(
+                    f"the GPU's memory is too small to make {work.name} with encode.{option}="
+                    f"{getattr(self.options.encode, option)}; lower it and run again: what is finished stays"
+                ) from error
+            gc.collect()  # the encoder is gone before the next one comes: one at a time in memory
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-        writer.publish_layer(
-            work.folder, name=work.name, reads=work.reads, recipe=work.recipe, fields=work.fields, made_with=versions()
-        )
         return len(work.missing)
 
-    def _publish(self, works: Sequence[Work]) -> None:
-        layers = {work.name: self._entry(work.folder, work.fingerprint) for work in works}
-        kept = self._still_complete(layers)
-        manifest = {
-            "family": self.family.name,
-            "model": {"name": str(self.model.path) if self.model.revision is None else self.model.name,
-                      "revision": self.model.revision},
-            "condition": self.options.condition[0],
-            "layers": {**layers, **kept},
+    def _make_missing(self, work: Work) -> None:
+        inputs = self._wanted(work.reads)
+        numbers = writer.unused_numbers(work.folder)
+        with work.open() as produce, progress(title=work.name, unit="row", total=len(work.missing)) as bar:
+            for unit in self._units(work):
+                with writer.ShardWriter(work.folder, next(numbers)) as shard:
+                    for row in produce(unit):
+                        if row.members is None:
+                            shard.add_error(row.key, inputs[row.key], row.error or "unknown")
+                        else:
+                            shard.add(row.key, inputs[row.key], row.members)
+                        bar.update()
+
+    def _publish(self, works: Sequence[Work]) -> list[str]:
+        """Write the lists, the tables and last the manifest; the names of the other conditions that stay come back."""
+        # All at the end: until then the cache as it was before stays whole.
+        layers = {
+            work.name: writer.publish_layer(
+                work.folder, name=work.name, reads=work.reads, recipe=work.recipe, fields=work.fields,
+                made_with=versions(),
+            )
+            for work in works
         }  # fmt: skip
-        names = manifest["layers"]
-        manifest["conditions"] = [name for name in conditions.names() if name in names and f"{name}_latents" in names]
-        writer.publish_manifest(
-            self.cache, {**manifest, **writer.publish_tables(self.cache, self.plan.samples, self.plan.captions)}
+        kept = self._still_good()
+        writer.publish(
+            self.cache,
+            samples=self.plan.samples,
+            captions=self.plan.captions,
+            layers={**layers, **{name: entry for entries in kept.values() for name, entry in entries.items()}},
+            family=self.family.name,
+            model={
+                "name": str(self.model.path) if self.model.revision is None else self.model.name,
+                "revision": self.model.revision,
+            },
+            condition=self.options.condition[0],
+            conditions=sorted([*self.options.condition, *kept]),
         )
+        return list(kept)
 
-    def _entry(self, folder: Path, fingerprint: str) -> dict[str, Any]:
-        return {
-            "folder": folder.name,
-            "fingerprint": fingerprint,
-            "checksum": schema.read_sealed_checksum(folder / schema.LAYER),
-        }
-
-    def _still_complete(self, now: Mapping[str, Any]) -> dict[str, Any]:
-        """Layers of the manifest before (other conditions) that still have every row; the others are named."""
+    def _still_good(self) -> dict[str, dict[str, Any]]:
+        """Conditions of the manifest before, beside those of this run, whose layers have every row and come from the
+        encoder of this run; with their layers. The others are named."""
         path = self.cache / schema.MANIFEST
         if not path.is_file():
             return {}
         try:
             before = schema.read_sealed(path)["layers"]
-        except (schema.CacheError, KeyError):
+        except (schema.CacheError, KeyError) as error:
+            warn(f"{error} Other conditions are taken up again when CONDITION names them (their files stay)")
             return {}
         kept = {}
-        for name, entry in before.items():
-            if name in now:
-                continue
-            folder = self.cache / entry["folder"]
+        for condition in sorted(set(conditions.names()) & set(before) - set(self.options.condition)):
+            names = [condition, *(_layer_name(kind, condition) for kind in self._condition_kinds())]
             try:
-                reads = schema.read_sealed(folder / schema.LAYER)["reads"]
-            except schema.CacheError as error:
-                warn(f"layer {name} is no longer part of the cache: {error}")
-                continue
-            missing = set(self._wanted(reads).items()) - writer.finished_rows(folder)
-            if missing:
+                reason = self._unfit(condition, before)
+                if reason is None:
+                    kept[condition] = {
+                        name: writer.publish_layer_again(self.cache / before[name]["folder"]) for name in names
+                    }
+            except (schema.CacheError, KeyError) as error:
+                reason = str(error)
+            if reason is not None:
                 warn(
-                    f"layer {name} lacks {len(missing)} row(s) of the data as it is now and is left out of the cache; "
-                    f"run again with CONDITION={name.removesuffix('_latents')} to bring it up to date (its files stay)"
+                    f"condition {condition} is left out of the cache: {reason}. Its files stay; running again with "
+                    f"CONDITION={condition} brings it up to date"
                 )
-            else:
-                kept[name] = self._entry(folder, entry["fingerprint"])
         return kept
+
+    def _unfit(self, condition: str, layers: Mapping[str, Any]) -> str | None:
+        """Why an earlier run's layers of this condition do not go with the samples and the encoders of now."""
+        drawings = layers[condition]["fingerprint"]
+        expected = {condition: drawings}
+        for kind in self._condition_kinds():
+            name = _layer_name(kind, condition)
+            expected[name] = schema.fingerprint(self._encoder_recipe(kind, name, drawings))
+        for name, fingerprint in expected.items():
+            folder = self.cache / layers[name]["folder"]
+            layer = schema.read_sealed(folder / schema.LAYER)
+            if layers[name]["fingerprint"] != fingerprint:
+                return f"{name} was made by another encoder or in another precision than the images' latents now"
+            if missing := set(self._wanted(layer["reads"]).items()) - writer.finished_rows(folder):
+                return f"{name} lacks {len(missing)} of the samples as they are now"
+        return None
 
     # What came of it
 
-    def _report(self, works: Sequence[Work], made: Mapping[str, int]) -> int:
+    def _report(self, works: Sequence[Work], made: Mapping[str, int], kept: Sequence[str]) -> int:
         lost: dict[str, tuple[str, str]] = {}
         for sample in self.plan.samples:
             if sample.status == "error":
@@ -350,10 +406,13 @@ class _Stage:
         sound = [sample for sample in self.plan.sound if sample.key not in lost]
         held_out = sum(sample.split == "validation" for sample in sound)
         enlarged = sum(_enlarged(sample) for sample in sound)
+        shapes = Counter(f"{sample.bucket_width}x{sample.bucket_height}" for sample in sound)
         say(
             f"cache {self.cache}: {len(sound):,} samples ({held_out:,} held out), {len(self.captions) - 1:,} distinct "
             f"captions, conditions {', '.join(self.options.condition)}"
+            + (f" (and {', '.join(kept)} from before)" if kept else "")
         )
+        say(f"sizes: {', '.join(f'{count:,} of {shape}' for shape, count in sorted(shapes.items()))}")
         if enlarged:
             warn(f"{enlarged} sample(s) are smaller than their bucket and were enlarged")
         if not lost:
@@ -362,6 +421,17 @@ class _Stage:
         for source, reason in sorted(set(lost.values())):
             warn(f"  {source}: {reason}")
         return EXIT_INCOMPLETE
+
+
+def _layer_name(kind: LayerKind, condition: str) -> str:
+    """`condition_latents` of the family's words -> `lineart_latents`."""
+    return kind.name.replace("condition", condition)
+
+
+def _remove_parts(cache: Path) -> None:
+    """Remove what a killed run was writing: no reader opens it, and it takes space. This process holds the cache."""
+    for part in [*cache.glob(f"*{atomic.PART}"), *cache.glob(f"*/*{atomic.PART}")]:
+        part.unlink()
 
 
 def _enlarged(sample: Sample) -> bool:

@@ -10,20 +10,22 @@ A checkpoint appears whole or not at all. A damaged one is passed over for the o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from shared import atomic
 from shared.cache.schema import file_checksum
-from shared.errors import UserError
+from shared.errors import UserError, disk_full
 from shared.report import warn
 
 CONTROLNET, OPTIMIZER, STATE = "controlnet", "optimizer.safetensors", "state.json"
@@ -36,7 +38,8 @@ class CheckpointOptions:
     every: int = 500
     """Steps between checkpoints. The last step is always saved."""
     keep: int = 2
-    """The newest checkpoints that stay on disk (5-10 takes 13 GB each with 8-bit Adam); 0 keeps all."""
+    """The newest checkpoints that stay on disk (5-10 takes 13 GB each with 8-bit Adam), and one more while saving; 0
+    keeps all."""
 
     def check(self) -> None:
         """Refuse impossible values."""
@@ -52,43 +55,78 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` into the run's `folder`, link `controlnet` to it, drop all but the last `keep`."""
-    path = folder / "checkpoints" / f"step-{step:08d}"
+    """Write the checkpoint of `step` into the run's `folder`, link `controlnet` to it, drop all but the last `keep`.
+
+    Raises `UserError` where the disk is full; the checkpoints before are untouched.
+    """
+    path = path_of(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        shutil.rmtree(path)  # a damaged one that was passed over
-    with atomic.writing_directory(path) as part:
-        save_weights(part / CONTROLNET)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / OPTIMIZER)
-        files = sorted(file for file in part.rglob("*") if file.is_file())
-        sums = {str(file.relative_to(part)): file_checksum(file) for file in files}
-        (part / STATE).write_text(json.dumps({"step": step, **state, "files": sums}, indent=2) + "\n")
-    _link(folder / CONTROLNET, path / CONTROLNET)
+    for unfinished in path.parent.glob(f"*{atomic.PART}"):
+        shutil.rmtree(unfinished)  # a kill while saving left it
+    for passed_over in all_newest_first(folder):
+        if step_of(passed_over) >= step:  # a damaged one: training goes on from an undamaged one before it
+            shutil.rmtree(passed_over)
+    try:
+        with atomic.writing_directory(path) as part:
+            save_weights(part / CONTROLNET)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / OPTIMIZER)
+            files = sorted(file for file in part.rglob("*") if file.is_file())
+            sums = {str(file.relative_to(part)): file_checksum(file) for file in files}
+            (part / STATE).write_text(json.dumps({"step": step, **state, "files": sums}, indent=2) + "\n")
+            for file in files:
+                shutil.copymode(part / STATE, file)  # safetensors makes files that nobody else may read
+    except BaseException as error:
+        shutil.rmtree(path.with_name(path.name + atomic.PART), ignore_errors=True)  # it may be what fills the disk
+        if (refusal := _disk_full(error, path)) is not None:
+            raise refusal from error
+        raise
+    link(folder, path)
     if keep:
-        for old in sorted(path.parent.glob("step-????????"))[:-keep]:
+        for old in all_newest_first(folder)[keep:]:
             shutil.rmtree(old)
     return path
 
 
-def _link(link: Path, target: Path) -> None:
-    """Make `link` a relative link to `target`, in one rename."""
-    part = link.with_name(link.name + atomic.PART)
+def _disk_full(error: BaseException, path: Path) -> UserError | None:
+    """safetensors reports a full disk in its own class, with the system's number in the text alone."""
+    if isinstance(error, SafetensorError):
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if f"os error {number})" in str(error):
+                return disk_full(OSError(number, str(error)), f"writing {path}")
+    return None
+
+
+def link(folder: Path, path: Path) -> None:
+    """Make the run's `controlnet` a relative link to the ControlNet of the checkpoint at `path`, in one rename."""
+    name = folder / CONTROLNET
+    part = name.with_name(name.name + atomic.PART)
     part.unlink(missing_ok=True)
-    part.symlink_to(os.path.relpath(target, link.parent))
-    os.replace(part, link)
+    part.symlink_to(os.path.relpath(path / CONTROLNET, folder))
+    os.replace(part, name)
 
 
 def newest(folder: Path) -> Path | None:
     """The newest undamaged checkpoint of a run, or None. Damaged ones are named and passed over."""
-    for path in _newest_first(folder):
+    for path in all_newest_first(folder):
         if (damage := _damage(path)) is None:
             return path
         warn(f"checkpoint {path} is damaged ({damage}): going back to the one before")
     return None
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
-    return iter(sorted((folder / "checkpoints").glob("step-????????"), reverse=True))
+def all_newest_first(folder: Path) -> list[Path]:
+    """Every checkpoint of a run, damaged ones too."""
+    return sorted((folder / "checkpoints").glob("step-" + 8 * "[0-9]"), reverse=True)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of `step`."""
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step after which the checkpoint at `path` was saved."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _damage(path: Path) -> str | None:
@@ -104,6 +142,11 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's tensors and the state of a checkpoint."""
-    return load_file(path / OPTIMIZER), json.loads((path / STATE).read_text())
+def state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the moment it was saved at; tensors apart."""
+    return json.loads((path / STATE).read_text())
+
+
+def optimizer_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors of a checkpoint."""
+    return load_file(path / OPTIMIZER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from shared.errors import UserError
@@ -23,7 +24,7 @@ class TrainConfig:
     cache: str = "cache"
     """The cache that `make preprocess` made. Family, resolution, condition and precision come from it."""
     name: str | None = None
-    """The run is kept in RUNS/NAME. Default: depth-<depth>."""
+    """The run is kept in RUNS/NAME. Default: depth-<depth>, or from-<folder> of a ControlNet to start from."""
     runs: str = "runs"
     """Folder of all runs."""
     model: str | None = None
@@ -35,7 +36,7 @@ class TrainConfig:
     depth: str = "2-4"
     """num_layers-num_single_layers of the ControlNet. On FLUX.1-dev 2-4 has 1.35 B parameters, 5-10 has 3.3 B."""
     steps: int = 10_000
-    """Optimizer steps. Raising it later continues the run."""
+    """Optimizer steps. Raising it later continues the run; a cosine or linear schedule is then stretched."""
     seed: int = 0
     """Of the data order, the noise and the times. Two runs with the same seed see the same."""
     base: Quantization = "int8"
@@ -62,8 +63,10 @@ class TrainConfig:
             raise UserError(f"steps must be 1 or more, not {self.steps}")
         if self.seed < 0:
             raise UserError(f"seed must be 0 or more, not {self.seed}")
-        if not re.fullmatch(r"[\w.+-]+", self.run_name):
-            raise UserError(f"NAME '{self.run_name}' must be one word of letters, digits and . _ + -")
+        if not re.fullmatch(r"\w[\w.+-]*", self.run_name):
+            raise UserError(
+                f"NAME '{self.run_name}' must be one word of letters, digits and . _ + -, a letter or digit first"
+            )
         for part in (
             self.controlnet,
             self.loader,
@@ -76,15 +79,20 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        """The name given, or one from the depth."""
-        return self.name or f"depth-{self.depth}"
+        """The name given, or one from the depth, or from the ControlNet that is trained on."""
+        if self.name is not None:
+            return self.name
+        start = self.controlnet.start_from
+        return f"depth-{self.depth}" if start is None else f"from-{Path(start).name}"
 
 
 MAY_CHANGE = (
-    "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "loader.prefetch",
+    "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "checkpointing",
+    "loader.prefetch", "loader.accumulation",
 )  # fmt: skip
 """Options that a resumed run may have changed without becoming another experiment. (The cache may have moved: its
-fingerprints are compared.)"""
+fingerprints are compared. Accumulation may change together with the number of processes: the loader compares their
+product.)"""
 
 
 def changed_experiment(differences: dict[str, tuple[object, object]]) -> dict[str, tuple[object, object]]:

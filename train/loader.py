@@ -11,7 +11,8 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,8 +71,8 @@ class CachedSamples:
         for layer in by_rows["captions"]:
             if EMPTY_CAPTION not in layer:
                 raise UserError(
-                    f"layer '{layer.summary.name}' of {cache.path} lacks the empty caption, which caption dropout needs "
-                    f"({layer.errors[EMPTY_CAPTION]}); preprocess again"
+                    f"layer '{layer.summary.name}' of {cache.path} lacks the empty caption, which caption dropout "
+                    f"needs ({layer.errors[EMPTY_CAPTION]}); preprocess again"
                 )
         of_split = [sample for sample in cache.samples.values() if sample.split == split]
         self.samples: list[Sample] = usable(of_split, by_rows["samples"], by_rows["captions"])
@@ -90,11 +91,16 @@ class CachedSamples:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """ "layer.field" -> shape of one sample's tensor, read from the first sample."""
         sample = self.samples[0]
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for name, (kind, layer) in self.layers.items():
             key = sample.key if kind.rows == "samples" else sample.captions[0]
             found |= {f"{name}.{field}": tuple(tensor.shape) for field, tensor in layer.tensors(key).items()}
         return found
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) in pixels of every bucket that has samples, sorted."""
+        return sorted({(s.bucket_width, s.bucket_height) for s in self.samples if s.bucket_width and s.bucket_height})
 
     @property
     def num_drawings(self) -> int:
@@ -124,7 +130,8 @@ class CachedSamples:
                     column = [tensor[drawing] for tensor, drawing in zip(column, drawings, strict=True)]
                 tensors[f"{name}.{field}"] = torch.stack(column)
         height, width = chosen[0].bucket_height, chosen[0].bucket_width
-        assert height is not None and width is not None
+        assert height is not None
+        assert width is not None
         return Batch(keys=[sample.key for sample in chosen], height=height, width=width, tensors=tensors)
 
 
@@ -155,7 +162,7 @@ class Loader:
         self.waited_seconds = 0.0
         """How long the last step waited for its data."""
         sizes = [(sample.bucket_height, sample.bucket_width) for sample in samples.samples]
-        self._buckets = {size: [i for i, other in enumerate(sizes) if other == size] for size in sorted(set(sizes))}  # type: ignore[type-var]
+        self._buckets = {size: [i for i, other in enumerate(sizes) if other == size] for size in sorted(set(sizes))}
         self.batches_per_epoch = sum(-(-len(bucket) // options.batch_size) for bucket in self._buckets.values())
         self._epoch: tuple[int, list[list[int]]] | None = None
 
@@ -201,26 +208,21 @@ class Loader:
             batch.tensors = {name: tensor.pin_memory() for name, tensor in batch.tensors.items()}
         return batch
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch], None, None]:
         ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=self.options.prefetch)
         stopped = threading.Event()
-
-        def put(item: Batch | BaseException) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
+        positions = itertools.count(self.step * self.batches_per_step + self.rank, self.num_ranks)
 
         def work() -> None:
-            first = self.step * self.batches_per_step + self.rank
             try:
-                for position in itertools.count(first, self.num_ranks):
-                    put(self.make(position))
+                if self.device.index is not None and self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # a thread begins on GPU 0: pinning would take memory there
+                for position in positions:
+                    ready.put(self.make(position))
                     if stopped.is_set():
                         return
             except BaseException as error:  # handed to the training thread, which raises it
-                put(error)
+                ready.put(error)
 
         def take() -> Batch:
             item = ready.get()
@@ -239,6 +241,9 @@ class Loader:
                 yield [to_device(batch, self.device) for batch in taken]
         finally:
             stopped.set()
+            while thread.is_alive():  # it may wait for a place in the queue
+                with suppress(queue.Empty):
+                    ready.get(timeout=0.01)
             thread.join()
 
     def state(self) -> dict[str, Any]:

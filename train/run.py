@@ -1,8 +1,8 @@
 """A run's folder: its configuration, what it was made with, its figures step by step, its pictures.
 
 runs/NAME/
-  config.yaml      every option as it was resolved: `--recipe` reads it
-  run.json         versions, git revision, model, cache fingerprints, components
+  config.yaml      every option as it was resolved at the last start: `--recipe` reads it
+  run.json         model, cache fingerprints, condition; of each start the step, versions, git revision, components
   metrics.jsonl    one line per step, one per look at the held-out samples
   pictures/        step-00000500.png ...
   tensorboard/
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from PIL import Image
 
 from shared import atomic, config
 from shared.errors import UserError
-from shared.report import git_revision, versions
+from shared.report import Component, git_revision, versions
 from train.config import TrainConfig, changed_experiment
 
 CONFIG, RUN, METRICS = "config.yaml", "run.json", "metrics.jsonl"
@@ -37,35 +39,45 @@ class Run:
 
     folder: Path
 
-    @classmethod
-    def open(cls, options: TrainConfig, facts: dict[str, Any]) -> Run:
-        """Begin a run or find it again. `facts` say what it stands on: "model", "cache" (fingerprints), ...
-
-        Raises `UserError` where the folder holds another experiment: nothing of it is changed.
-        """
-        run = cls(Path(options.runs) / options.run_name)
-        if (run.folder / RUN).is_file():
-            run._refuse_other(options, facts)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_bytes(run.folder / CONFIG, config.to_yaml(options).encode())
-        atomic.write_json(run.folder / RUN, {**facts, "versions": versions(), "git_revision": git_revision()})
-        return run
-
-    def _refuse_other(self, options: TrainConfig, facts: dict[str, Any]) -> None:
-        before = yaml.safe_load((self.folder / CONFIG).read_text())
-        if changed := changed_experiment(config.differences(before, config.to_dict(options))):
+    def refuse_other(self, options: TrainConfig, facts: dict[str, Any]) -> dict[str, Any] | None:
+        """Raise `UserError` where the folder holds another experiment. `facts` say what this one stands on: "model",
+        "cache" (fingerprints), ... Nothing is written. Back come the options of the last start; None at the first."""
+        if not (self.folder / RUN).is_file():
+            return None
+        try:
+            before = yaml.safe_load((self.folder / CONFIG).read_text())
+            stated = json.loads((self.folder / RUN).read_text())
+            changed = changed_experiment(config.differences(before, config.to_dict(options)))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{self.folder} is damaged, {CONFIG} or {RUN} cannot be read ({error}); choose another NAME"
+            ) from error
+        if changed:
             listed = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
             raise UserError(
                 f"{self.folder} holds another experiment ({listed}). Give this one its own NAME, or use the old options"
             )
-        stated = json.loads((self.folder / RUN).read_text())
-        facts = json.loads(json.dumps(facts))  # as they come back from the file: tuples as lists
-        for key, value in facts.items():
-            if stated.get(key) != value:
-                raise UserError(
-                    f"{self.folder} was trained on another {key} ({stated.get(key)}) than there is now ({value}). "
-                    "Give this experiment its own NAME, or restore the old one"
-                )
+        if other := config.differences({key: stated.get(key) for key in facts}, facts):
+            listed = "; ".join(f"{key} was {_short(old)}, is {_short(new)}" for key, (old, new) in other.items())
+            raise UserError(
+                f"{self.folder} was trained on something else ({listed}). Give this experiment its own NAME, or "
+                "restore what was there"
+            )
+        return before
+
+    def begin(self, options: TrainConfig, facts: dict[str, Any], step: int, components: Sequence[Component]) -> None:
+        """Write what the run is, and that it starts (again) after `step`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / RUN
+        starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+        start = {
+            "step": step,
+            "versions": versions(),
+            "git_revision": git_revision(),
+            "components": [asdict(component) for component in components],
+        }
+        atomic.write_bytes(self.folder / CONFIG, config.to_yaml(options).encode())
+        atomic.write_json(path, {**facts, "starts": [*starts, start]})
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop the figures of steps that will be run again, since no checkpoint holds what they led to."""
@@ -73,18 +85,24 @@ class Run:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                    kept.append(line)
+            except ValueError:
                 break  # cut off by a kill
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        atomic.write_bytes(path, "".join(kept).encode())
+        atomic.write_bytes(path, b"".join(kept))
 
     def log(self, step: int, figures: dict[str, Any]) -> None:
         """Append one line of figures; those that are not numbers (NaN) are left out."""
-        finite = {k: v for k, v in figures.items() if not (isinstance(v, float) and not math.isfinite(v))}
         with open(self.folder / METRICS, "a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+            file.write(json.dumps({"step": step, **_finite(figures)}) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Flush the figures to the disk: no checkpoint survives a power cut without the figures before it."""
+        if (self.folder / METRICS).exists():
+            with open(self.folder / METRICS, "rb+") as file:
+                os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of figures."""
@@ -97,3 +115,16 @@ class Run:
         with atomic.writing(path) as file:
             Image.fromarray(picture).save(file, format="PNG")
         return path
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _finite(value) if isinstance(value, dict) else value
+        for name, value in figures.items()
+        if not (isinstance(value, float) and not math.isfinite(value))
+    }
+
+
+def _short(value: object) -> object:
+    """A fingerprint by its first digits."""
+    return value[:8] if isinstance(value, str) and len(value) == 64 else value

@@ -1,22 +1,26 @@
 """The training stage: cache -> a trained ControlNet. Only the frozen base and the ControlNet are in memory.
 
 The step is a function of (weights, batch, seed): data order, captions, noise, times and rounding are drawn from the
-seed and a position, so that a resumed run repeats to the bit what an undisturbed one would have done.
+seed and a position, so that a resumed run goes on as an undisturbed one would have: on the CPU to the bit, on a GPU as
+far as its kernels repeat themselves.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import broadcast, gather_object
+from torch.nn.parallel import DistributedDataParallel
 
 from shared import atomic, families
 from shared.cache.reader import Cache
@@ -26,7 +30,7 @@ from shared.families.base import Batch, Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import component, components_table, progress, quiet_libraries, say, warn
 from train import checkpoints
-from train.adapters.controlnet import ControlNetAdapter, parse_depth
+from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions, parse_depth
 from train.config import TrainConfig
 from train.loader import CachedSamples, Loader
 from train.objectives import FlowMatching, Objective
@@ -53,46 +57,48 @@ def train(options: TrainConfig) -> int:
         revision=options.revision or (None if options.model else cache.manifest["model"]["revision"]),
     )
     remark = family.check_base(model, samples.shapes, samples.recipes)
-    depth = parse_depth(options.depth)
-    _refuse_depth(family, model, options, depth)
+    _refuse_depth(family, model, options)
     facts = {
         "family": family.name,
         "model": {"name": model.name, "revision": model.revision},
         "condition": condition,
         "cache": {name: layer.summary.fingerprint for name, (_, layer) in samples.layers.items()},
-        "sizes": sorted({(s.bucket_width or 0, s.bucket_height or 0) for s in samples.samples}),
-        "text_length": samples.shapes["t5.prompt_embeds"][0] if "t5.prompt_embeds" in samples.shapes else None,
+        "sizes": [list(size) for size in samples.sizes],
+        "text_length": next((r["text_length"] for r in samples.recipes.values() if "text_length" in r), None),
     }
     accelerator = _accelerator(options)
-    with (
-        atomic.alone(Path(options.runs) / options.run_name, "training in")
-        if accelerator.is_main_process
-        else nullcontext()
-    ):
-        run = Run.open(options, facts) if accelerator.is_main_process else Run(Path(options.runs) / options.run_name)
-        accelerator.wait_for_everyone()
-        checkpoint = checkpoints.newest(run.folder)
-        if checkpoint is not None and int(checkpoint.name.split("-")[1]) >= options.steps:
-            say(
-                f"{run.folder} is already trained to step {options.steps}: raise STEPS to go on, or choose another NAME"
-            )
-            return 0
-        for left_out, split in ((samples.num_left_out, "training"), (held_out.num_left_out, "held-out")):
-            if left_out:
-                warn(f"{left_out} {split} sample(s) are left out: see the reasons in the cache's samples.parquet")
-        for unused in [*options.objective.unused(), *options.optimizer.unused()]:
-            warn(f"option {unused} has no effect with the other options as they are")
-        if remark:
-            warn(remark)
-        trainer = Trainer(options, accelerator, run, family, model, samples, held_out, depth)
+    main = accelerator.is_main_process
+    run = Run(Path(options.runs) / options.run_name)
+    with atomic.alone(run.folder, "training in") if main else nullcontext():
+        before = run.refuse_other(options, facts) if main else None
+        loader = Loader(
+            samples,
+            options.loader,
+            seed=options.seed,
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+        )
+        checkpoint = _newest(run, accelerator)
         if checkpoint is not None:
-            trainer.resume(checkpoint)
+            if main:
+                checkpoints.link(run.folder, checkpoint)  # a kill may have come between the two
+            if (done := checkpoints.step_of(checkpoint)) >= options.steps:
+                if main:
+                    say(f"{run.folder} is already trained to step {done}: raise STEPS to go on, or choose another NAME")
+                return 0
+            loader.load_state(checkpoints.state(checkpoint)["loader"])
+        if main:
+            _warn(options, remark, (samples, held_out), before if loader.step else None)
+        trainer = Trainer(options, accelerator, run, family, model, loader, held_out, checkpoint)
+        if main:
+            run.begin(options, facts, loader.step, trainer.components)
         trainer.run_to_the_end()
     return 0
 
 
-def _refuse_depth(family: Family, model: ModelFolder, options: TrainConfig, depth: tuple[int, int]) -> None:
-    deepest = family.max_depth(model)
+def _refuse_depth(family: Family, model: ModelFolder, options: TrainConfig) -> None:
+    depth, deepest = parse_depth(options.depth), family.max_depth(model)
     if options.controlnet.start_from is None and (depth[0] > deepest[0] or depth[1] > deepest[1]):
         raise UserError(
             f"DEPTH {options.depth} is deeper than the base: {model.name} has "
@@ -101,20 +107,71 @@ def _refuse_depth(family: Family, model: ModelFolder, options: TrainConfig, dept
 
 
 def _accelerator(options: TrainConfig) -> Accelerator:
-    if options.tracker == "wandb":
-        try:
-            import wandb  # noqa: F401
-        except ImportError as error:
-            raise UserError("tracker wandb: the package is not installed; run pip install wandb") from error
-    single_blocks = parse_depth(options.depth)[1]
-    # Without single blocks the last double block's text half feeds nothing: parameters without a gradient.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=single_blocks == 0)]
+    if options.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("tracker wandb: the package is not installed; run pip install wandb")
     return Accelerator(
         cpu=options.device == "cpu",
         log_with=None if options.tracker == "none" else options.tracker,
         project_dir=str(Path(options.runs) / options.run_name),
-        kwargs_handlers=handlers,
     )
+
+
+def _newest(run: Run, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from. The main process looks; all processes take its answer."""
+    found = checkpoints.newest(run.folder) if accelerator.is_main_process else None
+    if accelerator.num_processes == 1:
+        return found
+    step = broadcast(torch.tensor(-1 if found is None else checkpoints.step_of(found), device=accelerator.device))
+    return checkpoints.path_of(run.folder, int(step.item())) if step >= 0 else None
+
+
+def _warn(
+    options: TrainConfig,
+    remark: str | None,
+    parts: tuple[CachedSamples, CachedSamples],
+    before: dict[str, Any] | None,
+) -> None:
+    """Say what will not be as the user may think. `before`: the options of the run that is gone on with."""
+    for samples in parts:
+        if samples.num_left_out:
+            what = "training" if samples.split == "train" else "held-out"
+            warn(f"{samples.num_left_out} {what} sample(s) are left out: samples.parquet in the cache says why")
+    if not len(parts[1]):
+        warn("the cache has no held-out samples: no held-out loss and no pictures")
+    unused = [f"objective.{name}" for name in options.objective.unused()]
+    unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
+    if options.controlnet.start_from is not None and options.controlnet.embedder != ControlNetOptions.embedder:
+        unused.append("controlnet.embedder")
+    for name in unused:
+        warn(f"option {name} has no effect with the other options as they are")
+    if remark:
+        warn(remark)
+    if options.steps <= options.optimizer.warmup_steps:
+        warn(
+            f"the run ends within its warm-up: after {options.steps} steps the learning rate is "
+            f"{learning_rate(options.optimizer, options.steps - 1, options.steps):.3g}, the peak of "
+            f"{options.optimizer.learning_rate:.3g} comes at {options.optimizer.warmup_steps}; lower "
+            "optimizer.warmup_steps"
+        )
+    if before is not None and before["steps"] != options.steps and options.optimizer.schedule != "constant":
+        warn(
+            f"steps were {before['steps']}, are {options.steps}: from here on the {options.optimizer.schedule} "
+            "schedule is that of the new number, so the learning rate jumps"
+        )
+
+
+def _dtypes(options: TrainConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Of the computation, and of the trained weights."""
+    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    named["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compute = named[options.precision]
+    weights = compute if options.controlnet.weights == "auto" else named[options.controlnet.weights]
+    if (compute, weights) == (torch.float32, torch.bfloat16):
+        raise UserError(
+            "controlnet.weights bf16 are computed in bf16, but the precision is fp32: set precision bf16 too, or leave "
+            "controlnet.weights out"
+        )
+    return compute, weights
 
 
 class Trainer:
@@ -127,92 +184,86 @@ class Trainer:
         run: Run,
         family: Family,
         model: ModelFolder,
-        samples: CachedSamples,
+        loader: Loader,
         held_out: CachedSamples,
-        depth: tuple[int, int],
+        checkpoint: Path | None,
     ) -> None:
-        """Load the base and the ControlNet: the ControlNet first, from the unquantized base, then quantize."""
+        """Load the base and the ControlNet: the ControlNet first, from the unquantized base, then quantize. With a
+        `checkpoint`, go back to its state: weights, optimizer; the loader is there already."""
         self.options, self.accelerator, self.run, self.family = options, accelerator, run, family
-        self.device = accelerator.device
-        on_gpu = self.device.type == "cuda"
-        self.dtype = {
-            "auto": torch.bfloat16 if on_gpu else torch.float32,
-            "bf16": torch.bfloat16,
-            "fp32": torch.float32,
-        }[options.precision]
-        weights = {
-            "auto": self.dtype,
-            "bf16": torch.bfloat16,
-            "fp32": torch.float32,
-        }[options.controlnet.weights]
-        base = family.load_base(model, self.dtype)
-        if options.controlnet.start_from is None:
-            torch.manual_seed(options.seed)  # nothing random is left after the copy; asserted, but cheap to pin
-            controlnet = family.make_controlnet(base, *depth, embedder=options.controlnet.embedder)
-        else:
-            controlnet = family.load_controlnet(options.controlnet.start_from, weights)
+        self.loader, self.samples, self.device = loader, loader.samples, accelerator.device
+        self.dtype, weights = _dtypes(options, self.device)
+        if (start := options.controlnet.start_from) is None:
+            base = family.load_base(model, self.dtype)
+            controlnet = family.make_controlnet(base, *parse_depth(options.depth), options.controlnet.embedder)
+        else:  # it may since have been moved: a run that goes on has its own copy
+            source = start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET)
+            controlnet = family.load_controlnet(source, weights)
+            base = family.load_base(model, self.dtype)
             family.check_controlnet(controlnet, base, options.controlnet.control_mode)
         controlnet.to(device=self.device, dtype=weights).train()
         base = place_base(base, self.device, options.base)
+        self.components = [component(f"{family.name} base", base), component("controlnet", controlnet)]
         self.adapter = ControlNetAdapter(family, base, controlnet, options.controlnet)
         if options.checkpointing:
             self.adapter.enable_checkpointing()
-        self.adapter.module = accelerator.prepare_model(controlnet) if accelerator.num_processes > 1 else controlnet
         self.optimizer = Optimizer(options.optimizer, dict(self.adapter.named_parameters()))
+        if checkpoint is not None:
+            self.adapter.load(checkpoint / checkpoints.CONTROLNET)
+            meta = checkpoints.state(checkpoint)["optimizer"]
+            self.optimizer.load_state(checkpoints.optimizer_tensors(checkpoint), meta)
+        if accelerator.num_processes > 1:
+            self.adapter.module = DistributedDataParallel(
+                controlnet,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                find_unused_parameters=self.adapter.has_idle_parameters,
+            )
         self.objective: Objective = FlowMatching(options.objective)
-        self.samples = samples
-        self.loader = Loader(
-            samples,
-            options.loader,
-            seed=options.seed,
-            device=self.device,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-        )
         self.validation = None
         if len(held_out) and accelerator.is_main_process:
             self.validation = Validation(
                 held_out, family, model, self.objective, options.validation,
                 seed=options.seed, device=self.device, dtype=self.dtype,
             )  # fmt: skip
-        elif not len(held_out):
-            warn("the cache has no held-out samples: no held-out loss and no pictures")
         self.paints = model.has("vae")
         if accelerator.is_main_process:
-            table = components_table([component(f"{family.name} base", base), component("controlnet", controlnet)])
-            say(table)
+            say(components_table(self.components))
             say(
-                f"{len(samples)} samples to train on, {len(held_out)} held out; {self.loader.batches_per_epoch} batches "
-                f"an epoch; global batch {options.loader.batch_size * self.loader.batches_per_step}; run {run.folder}"
+                f"{len(self.samples)} samples to train on, {len(held_out)} held out; "
+                f"{loader.batches_per_epoch} batches an epoch; "
+                f"global batch {options.loader.batch_size * loader.batches_per_step}; run {run.folder}"
             )
-        if options.tracker != "none":
-            accelerator.init_trackers(
-                "tensorboard" if options.tracker == "tensorboard" else "underdrawing", config=None
-            )
-
-    def resume(self, checkpoint: Path) -> None:
-        """Go back to the state of a checkpoint: weights, optimizer, position. Figures after it are dropped."""
-        tensors, state = checkpoints.read(checkpoint)
-        self.adapter.load(checkpoint / checkpoints.CONTROLNET)
-        self.optimizer.load_state(tensors, state["optimizer"])
-        self.loader.load_state(state["loader"])
-        if self.accelerator.is_main_process:
-            self.run.keep_metrics_until(self.loader.step)
-            say(f"resuming at step {self.loader.step}")
 
     def run_to_the_end(self) -> None:
         """Step until the last step, looking at the held-out samples and saving on the way. On Ctrl-C or SIGTERM the
         step in hand is finished and saved."""
+        if self.accelerator.is_main_process:
+            # Figures after the last checkpoint are of steps that are now run again; all, if there was none yet.
+            self.run.keep_metrics_until(self.loader.step or -1)
+            if self.loader.step:
+                say(f"resuming after step {self.loader.step}")
+        if self.options.tracker != "none":
+            self.accelerator.init_trackers(
+                "tensorboard" if self.options.tracker == "tensorboard" else "underdrawing", config=None
+            )
+        try:
+            if self.loader.step == 0:
+                self._look(0)
+            self._steps()
+        finally:
+            self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            done = "trained to" if self.loader.step >= self.options.steps else "stopped and saved at"
+            say(f"{done} step {self.loader.step}: {self.run.folder / checkpoints.CONTROLNET}")
+
+    def _steps(self) -> None:
         options = self.options
-        if self.loader.step == 0:
-            if self.accelerator.is_main_process:
-                self.run.keep_metrics_until(-1)  # of a start that was killed before its first checkpoint
-            self._look(0)
         with (
             _stopping() as stop,
             progress(title="train", unit="step", total=options.steps, initial=self.loader.step) as bar,
+            closing(iter(self.loader)) as steps,
         ):
-            for batches in self.loader:
+            for batches in steps:
                 step = self.loader.step  # counts from 1: this step's number
                 began = time.perf_counter()
                 figures = self.step(batches)
@@ -224,15 +275,11 @@ class Trainer:
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", wait=f"{figures['data_wait_seconds'] * 1e3:.0f}ms")
                 bar.update()
                 self._look(step)
-                last = step >= options.steps or self._anyone(stop.is_set)
+                last = step >= options.steps or self._anyone(stop.asked)
                 if last or step % options.checkpoint.every == 0:
                     self._save(step)
                 if last:
                     break
-        self.accelerator.end_training()
-        if self.accelerator.is_main_process:
-            done = "trained to" if self.loader.step >= options.steps else "stopped and saved at"
-            say(f"{done} step {self.loader.step}: {self.run.folder / checkpoints.CONTROLNET}")
 
     def step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on the batches of one step. Raises `UserError` naming the samples where the loss or the
@@ -278,18 +325,20 @@ class Trainer:
         return self.objective.loss(prediction, noised)
 
     def _refuse_non_finite(self, batches: list[Batch], losses: list[torch.Tensor], loss: float, norm: float) -> None:
-        if torch.isfinite(torch.tensor([loss, norm])).all():
+        if math.isfinite(loss) and math.isfinite(norm):
             return
         pairs = [
             (key, value) for batch, each in zip(batches, losses, strict=True)
             for key, value in zip(batch.keys, each.tolist(), strict=True)
         ]  # fmt: skip
-        guilty = [key for key, value in pairs if not torch.isfinite(torch.tensor(value))]
+        if self.accelerator.num_processes > 1:  # all processes come here together: loss and norm are everyone's
+            pairs = gather_object(pairs)
+        guilty = [key for key, value in pairs if not math.isfinite(value)]
         what = f"loss {loss}" if guilty else f"gradient norm {norm}"
         whose = f"of sample(s) {', '.join(guilty)}" if guilty else f"in a step of {', '.join(key for key, _ in pairs)}"
         raise UserError(
-            f"step {self.loader.step}: the {what} is not finite {whose}; the optimizer did not step. Look at these "
-            "samples, lower optimizer.learning_rate, or resume from the last checkpoint with the same command"
+            f"step {self.loader.step}: the {what} is not finite {whose}; the optimizer did not step. The same command "
+            "would come here again: look at these samples, or try a lower optimizer.learning_rate under another NAME"
         )
 
     def _look(self, step: int) -> None:
@@ -300,7 +349,7 @@ class Trainer:
             due = options.every and (step % options.every == 0 or last)
             if due:
                 figures = self.validation.held_out(self.adapter)
-                self.run.log(step, {"held_out": {k: v for k, v in figures.items() if v == v}})
+                self.run.log(step, {"held_out": figures})
                 self._track(flatten(figures, "held_out"), step)
                 gap = (
                     f", own drawing beats another's by {figures['condition_gap']:.4f}"
@@ -326,16 +375,17 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         if self.accelerator.is_main_process:
+            self.run.sync_metrics()
             tensors, meta = self.optimizer.state()
             state = {"optimizer": meta, "loader": self.loader.state(), "options": to_dict(self.options)}
             checkpoints.save(self.run.folder, step, self.adapter.save, tensors, state, self.options.checkpoint.keep)
         self.accelerator.wait_for_everyone()
 
-    def _anyone(self, stop: Any) -> bool:
+    def _anyone(self, asked: bool) -> bool:
         """Whether any process was asked to stop."""
         if self.accelerator.num_processes == 1:
-            return bool(stop())
-        flag = torch.tensor(float(stop()), device=self.device)
+            return asked
+        flag = torch.tensor(float(asked), device=self.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
 
 
@@ -344,9 +394,6 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = False
-
-    def is_set(self) -> bool:
-        return self.asked
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -29,6 +29,8 @@ from train.loader import CachedSamples, to_device
 from train.objectives import Objective
 
 Control = Literal["own", "other", "none"]
+_LOSSES, _PICTURES = 5, 6
+"""Ends of the seeds of the grid's noise: no training step draws from these."""
 HEADINGS = ("drawing", "with control", "without control", "original, by the VAE")
 
 
@@ -130,7 +132,7 @@ class Validation:
             inputs = self.family.inputs(batch, condition, self.dtype)
             for j in range(J):
                 t = torch.full((len(part),), (j + 0.5) / J, device=self.device)
-                noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, j) for index in part])
+                noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, j, _LOSSES) for index in part])
                 noised = self.objective.noise_at(x_0, t, noise.to(x_0))
                 prediction = self._predict(adapter, noised.x_t, t, inputs, control)
                 loss = self.objective.loss(prediction, noised).cpu()
@@ -185,7 +187,7 @@ class Validation:
         for part, batch in self._batches(indices):
             x_0 = self._latents(batch, "latents")
             inputs = self.family.inputs(batch, self._latents(batch, "condition_latents"), self.dtype)
-            noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, 1 << 20) for index in part]).to(x_0)
+            noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, 0, _PICTURES) for index in part]).to(x_0)
             new = part[0] not in self._pictures_without
             controlled = self._paint(adapter, noise, inputs, "own")
             free = self._paint(adapter, noise, inputs, "none") if new else None

@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-flux"), help="folder of the parts in the making")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quality-pictures", type=int, default=64, help="test drawings to measure on")
+    parser.add_argument("--quality-pictures", type=int, default=48, help="test drawings to measure on")
     for part, options in PARTS.items():
         group = parser.add_argument_group(part)
         for field in fields(options):

@@ -89,7 +89,8 @@ class Layer:
             self._find(index, start, wanted, errors)
             columns.append(index.select(_PLACE).replace_schema_metadata())
             start += len(index)
-        self._places = pa.concat_tables(columns).combine_chunks()
+        places = pa.concat_tables(columns)
+        self._places = [places[name].combine_chunks() for name in _PLACE]
         self._verified = bytearray(start)
         """By row: 1 once this process has compared the member with its checksum."""
         self.errors = {key: reason for key, reason in errors.items() if self._rows[key] is None}
@@ -134,7 +135,7 @@ class Layer:
             raise KeyError(key)
         found = {}
         for row in rows:
-            member, offset, length, checksum = (self._places[name][row].as_py() for name in _PLACE)
+            member, offset, length, checksum = (column[row].as_py() for column in self._places)
             shard = self.summary.shards[bisect_right(self._starts, row) - 1]
             found[member] = row, Place(shard.name, offset, length, checksum)
         return found
@@ -197,6 +198,8 @@ class Cache:
         sums = {name: self.manifest[name]["checksum"] for name in ("samples", "captions")}
         self.samples = {s.key: s for s in schema.read_samples(path / schema.SAMPLES, sums["samples"])}
         self.captions = {c.id: c for c in schema.read_captions(path / schema.CAPTIONS, sums["captions"])}
+        self._layers: dict[str, Layer] = {}
+        self._wanted: dict[Reads, dict[str, str]] = {}
 
     @property
     def family(self) -> str:
@@ -241,13 +244,17 @@ class Cache:
         )
 
     def layer(self, name: str) -> Layer:
-        """Open a layer for every sample (or caption) of this cache."""
-        summary = self.summary(name)
-        return Layer(self.path / summary.folder, summary, self.wanted(summary.reads))
+        """A layer, opened for every sample (or caption) of this cache; once, however often it is asked for."""
+        if name not in self._layers:
+            summary = self.summary(name)
+            self._layers[name] = Layer(self.path / summary.folder, summary, self.wanted(summary.reads))
+        return self._layers[name]
 
     def wanted(self, reads: Reads) -> dict[str, str]:
         """Key to input digest of every row that a layer must have."""
-        return wanted(reads, self.samples.values(), self.captions.values())
+        if reads not in self._wanted:
+            self._wanted[reads] = wanted(reads, self.samples.values(), self.captions.values())
+        return self._wanted[reads]
 
 
 def wanted(reads: Reads, samples: Iterable[Sample], captions: Iterable[Caption]) -> dict[str, str]:

@@ -23,7 +23,7 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
     """Each names the file and, where there are any, the samples."""
     unlisted: list[str] = field(default_factory=list)
-    """Files that nothing refers to. Harmless."""
+    """Files that nothing refers to; a folder stands for all its files where none is referred to. Harmless."""
     num_bytes: int = 0
     """Bytes that were read and compared."""
 
@@ -34,7 +34,10 @@ class Verdict:
 
 
 def verify(path: Path) -> Verdict:
-    """Compare every byte of the cache at `path` with its checksums. Raises `CacheError` where there is no cache."""
+    """Compare every byte of the cache at `path` with its checksums. Raises `CacheError` where there is no cache.
+
+    Where a list is damaged, nothing vouches for what only it lists: that is checked once the list is mended.
+    """
     if not path.is_dir():
         raise CacheError(f"no such cache: {path}")
     verdict = Verdict()
@@ -43,55 +46,69 @@ def verify(path: Path) -> Verdict:
     except CacheError as error:
         verdict.problems.append(str(error))
         return verdict
-    listed = {schema.MANIFEST, schema.SAMPLES, schema.CAPTIONS}
-    verdict.num_bytes += sum((path / name).stat().st_size for name in listed)
-    summaries = []
+    listed = [path / name for name in (schema.MANIFEST, schema.SAMPLES, schema.CAPTIONS)]
+    shards: list[tuple[LayerSummary, schema.Shard]] = []
     for name in cache.layer_names:
         try:
-            summaries.append(cache.summary(name))
+            summary = cache.summary(name)
         except CacheError as error:
             verdict.problems.append(str(error))
-    shards = [(summary, shard) for summary in summaries for shard in summary.shards]
+            continue
+        listed.append(path / summary.folder / schema.LAYER)
+        shards += [(summary, shard) for shard in summary.shards]
+    verdict.num_bytes = sum(file.stat().st_size for file in listed)
+    damaged_layers = set()
     with progress(total=sum(shard.tar_bytes for _, shard in shards), unit="B", title="verify") as bar:
         for summary, shard in shards:
-            _verify_shard(path / summary.folder, summary, shard, verdict)
+            listed += [path / summary.folder / f"{shard.name}{end}" for end in (".tar", ".parquet")]
+            if problem := _shard_problem(path / summary.folder, summary, shard):
+                verdict.problems.append(problem)
+                damaged_layers.add(summary.name)
+            else:
+                verdict.num_bytes += sum(file.stat().st_size for file in listed[-2:])
             bar.update(shard.tar_bytes)
-    for summary in summaries:
-        listed.add(f"{summary.folder}/{schema.LAYER}")
-        listed.update(f"{summary.folder}/{shard.name}{end}" for shard in summary.shards for end in (".tar", ".parquet"))
+    for name in {summary.name: None for summary, _ in shards if summary.name not in damaged_layers}:
         try:
-            cache.layer(summary.name)
+            cache.layer(name)  # every row is there
         except CacheError as error:
-            if str(error) not in verdict.problems and not any(summary.folder in known for known in verdict.problems):
-                verdict.problems.append(str(error))
-    found = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-    verdict.unlisted = [name for name in found if name not in listed]
+            verdict.problems.append(str(error))
+    verdict.unlisted = _unlisted(path, listed)
     return verdict
 
 
-def _verify_shard(folder: Path, summary: LayerSummary, shard: schema.Shard, verdict: Verdict) -> None:
-    tar, index = folder / f"{shard.name}.tar", folder / f"{shard.name}.parquet"
-    if not index.is_file() or schema.file_checksum(index) != shard.index_checksum:
-        verdict.problems.append(f"{index}: missing or altered")
-        return
-    verdict.num_bytes += index.stat().st_size
+def _shard_problem(folder: Path, summary: LayerSummary, shard: schema.Shard) -> str | None:
+    """What is wrong with a shard; None where every byte of its tar and index is as it was written."""
+    tar = folder / f"{shard.name}.tar"
+    try:
+        index = schema.read_table(folder / f"{shard.name}.parquet", shard.index_checksum)
+    except CacheError as error:
+        return str(error)
     if not tar.is_file():
-        verdict.problems.append(f"{tar}: missing, with all its {shard.rows} samples")
-        return
-    verdict.num_bytes += tar.stat().st_size
-    if tar.stat().st_size == shard.tar_bytes and schema.file_checksum(tar) == shard.tar_checksum:
-        return
+        return f"{tar} (layer {summary.name}) is missing, with all its {shard.rows} rows"
+    size = tar.stat().st_size
+    if size == shard.tar_bytes and schema.file_checksum(tar) == shard.tar_checksum:
+        return None
     altered = []
     with open(tar, "rb") as file:
-        for row in schema.read_table(index).to_pylist():
+        for row in index.to_pylist():
             if row["status"] == "ok":
                 file.seek(row["offset"])
                 if schema.checksum(file.read(row["length"])) != row["checksum"]:
                     altered.append(f"{row['key']}.{row['member']}")
-    size = tar.stat().st_size
-    what = f"{size} bytes instead of {shard.tar_bytes}" if size != shard.tar_bytes else "altered"
-    whose = f"samples {', '.join(altered)}" if altered else "no sample's data, only the archive around it"
-    verdict.problems.append(f"{tar}: {what} (layer {summary.name}): {whose}")
+    what = f"has {size} bytes instead of {shard.tar_bytes}" if size != shard.tar_bytes else "was altered"
+    whose = ", ".join(altered) if altered else "no sample's data, only the archive around it"
+    return f"{tar} (layer {summary.name}) {what}: {whose}"
+
+
+def _unlisted(path: Path, listed: list[Path]) -> list[str]:
+    """Files below `path` that are not listed, relative to it; a layer's folder as one where no file of it is."""
+    referred = {*listed, *(file.parent for file in listed)}
+    found = set()
+    for file in path.rglob("*"):
+        if file.is_file() and file not in referred:
+            top = path / file.relative_to(path).parts[0]
+            found.add(file if top in referred or top == file else top)
+    return sorted(f"{file.relative_to(path)}{'/' if file.is_dir() else ''}" for file in found)
 
 
 def main() -> int:
@@ -108,8 +125,8 @@ def main() -> int:
         print(f"sound: {path}, {verdict.num_bytes / 1e6:,.1f} MB compared")
         return 0
     print(
-        f"{len(verdict.problems)} problem(s). To mend: remove the damaged shards (the .tar and .parquet named above) "
-        "and run the same `make preprocess` again; only their samples are encoded again."
+        f"{len(verdict.problems)} problem(s). To mend: remove each .tar that is named above and run the same "
+        "`make preprocess` again; only what is damaged is made again."
     )
     return 1
 

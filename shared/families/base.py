@@ -121,6 +121,11 @@ class Family(ABC):
     # Stage 1: samples -> layers
 
     @abstractmethod
+    def check_encoders(self, model: ModelFolder) -> None:
+        """Refuse (`UserError`) a model whose encoders are incomplete or not this family's, before any image is read.
+        Reads configuration files, tokenizers and the weights' headers only."""
+
+    @abstractmethod
     def encoder_recipe(self, layer: LayerKind, model: ModelFolder, text_length: int) -> dict[str, Any]:
         """All that this layer's bytes depend on in the encoder but its precision: weights (digests), settings."""
 

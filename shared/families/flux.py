@@ -51,6 +51,22 @@ class Flux(Family):
 
     # Stage 1
 
+    def check_encoders(self, model: ModelFolder) -> None:
+        vae = model.config("vae")
+        if vae.get("latent_channels") != 16 or None in (vae.get("shift_factor"), vae.get("scaling_factor")):
+            raise UserError(
+                f"the VAE of model {model.name} is not FLUX's: it has {vae.get('latent_channels')} latent channels, "
+                f"shift_factor {vae.get('shift_factor')}, scaling_factor {vae.get('scaling_factor')}, where FLUX.1-dev "
+                "has 16, 0.1159 and 0.3611"
+            )
+        for component, expected in (("text_encoder", "clip_text_model"), ("text_encoder_2", "t5")):
+            if (found := model.config(component).get("model_type")) != expected:
+                raise UserError(f"{component} of model {model.name} is a '{found}', where FLUX.1-dev has '{expected}'")
+        for component in ("vae", "text_encoder", "text_encoder_2"):
+            model.tensor_names(component)
+        _clip_tokenizer(model)
+        _t5_tokenizer(model)
+
     def encoder_recipe(self, layer: LayerKind, model: ModelFolder, text_length: int) -> dict[str, Any]:
         recipe: dict[str, Any] = {
             "family": self.name,
@@ -415,12 +431,26 @@ def _assert_copied(controlnet: torch.nn.Module, base: torch.nn.Module) -> None:
             assert torch.equal(tensor.cpu(), theirs[name].cpu()), f"'{name}' was not copied from the base"
 
 
+def _loaded(kind: Any, model: ModelFolder, component: str, dtype: torch.dtype) -> Any:
+    """A component with all its weights: one that the files lack would be left at random without a word."""
+    model.weights(component)
+    module, info = kind.from_pretrained(
+        model.path / component, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model {model.name}: the weights of {component} are not whole: {len(missing)} tensors of {kind.__name__} "
+            f"are not there (as {missing[0]}); download the model again"
+        )
+    return module.eval().requires_grad_(False)
+
+
 def _open_vae_encoder(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
     from diffusers import AutoencoderKL
 
-    model.weights("vae")
-    vae = AutoencoderKL.from_pretrained(model.path / "vae").to(device=device, dtype=dtype).eval().requires_grad_(False)
+    vae = _loaded(AutoencoderKL, model, "vae", dtype)
     del vae.decoder
+    vae.to(device)
 
     @torch.no_grad()
     def encode(images: np.ndarray) -> Tensors:
@@ -428,7 +458,9 @@ def _open_vae_encoder(model: ModelFolder, device: str, dtype: torch.dtype) -> En
         pixels = torch.from_numpy(images).flatten(0, -4).permute(0, 3, 1, 2)
         # The pipelines' own preprocessing: [0, 1] in fp32, then [-1, 1], then the VAE's precision.
         pixels = (2.0 * (pixels.float() / 255.0) - 1.0).to(device=device, dtype=dtype)
-        posterior = vae.encode(pixels).latent_dist
+        # cuDNN's own choice for fp32 convolutions is TF32, with 10 bits of mantissa: fp32 shall be fp32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            posterior = vae.encode(pixels).latent_dist
         return {
             name: moment.cpu().unflatten(0, lead) for name, moment in (("mean", posterior.mean), ("std", posterior.std))
         }
@@ -436,12 +468,37 @@ def _open_vae_encoder(model: ModelFolder, device: str, dtype: torch.dtype) -> En
     return encode
 
 
-def _open_clip(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-    from transformers import CLIPTextModel, CLIPTokenizer
+def _clip_tokenizer(model: ModelFolder) -> Any:
+    from transformers import CLIPTokenizer
 
-    model.weights("text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(model.path / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(model.path / "text_encoder", dtype=dtype).to(device).eval()
+    return _tokenizer(CLIPTokenizer, model, "tokenizer")
+
+
+def _t5_tokenizer(model: ModelFolder) -> Any:
+    from transformers import T5TokenizerFast
+
+    return _tokenizer(T5TokenizerFast, model, "tokenizer_2")
+
+
+def _tokenizer(kind: Any, model: ModelFolder, component: str) -> Any:
+    folder = model.path / component
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(f"model {model.name} has no folder '{component}'; expected the layout of FLUX.1-dev")
+    try:
+        return kind.from_pretrained(folder)
+    except Exception as error:  # whatever a tokenizer's parser trips over in its files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model {model.name}: {folder} is not a tokenizer that can be loaded ({reason[:200]}); "
+            "download the model again"
+        ) from error
+
+
+def _open_clip(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+    from transformers import CLIPTextModel
+
+    tokenizer = _clip_tokenizer(model)
+    encoder = _loaded(CLIPTextModel, model, "text_encoder", dtype).to(device)
 
     @torch.no_grad()
     def encode(captions: list[str]) -> Tensors:
@@ -453,18 +510,11 @@ def _open_clip(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
     return encode
 
 
-def _t5_tokenizer(model: ModelFolder) -> Any:
-    from transformers import T5TokenizerFast
-
-    return T5TokenizerFast.from_pretrained(model.path / "tokenizer_2")
-
-
 def _open_t5(model: ModelFolder, device: str, dtype: torch.dtype, text_length: int) -> Encode:
     from transformers import T5EncoderModel
 
-    model.weights("text_encoder_2")
     tokenizer = _t5_tokenizer(model)
-    encoder = T5EncoderModel.from_pretrained(model.path / "text_encoder_2", dtype=dtype).to(device).eval()
+    encoder = _loaded(T5EncoderModel, model, "text_encoder_2", dtype).to(device)
 
     @torch.no_grad()
     def encode(captions: list[str]) -> Tensors:

@@ -43,8 +43,8 @@ class ControlNetOptions:
 
 def parse_depth(depth: str) -> tuple[int, int]:
     """ "2-4" -> (num_layers, num_single_layers) = (2, 4). Raises `UserError`."""
-    match = re.fullmatch(r"(\d+)-(\d+)", depth)
-    if match is None or match.groups() == ("0", "0"):
+    match = re.fullmatch(r"([0-9]+)-([0-9]+)", depth)
+    if match is None or int(match[1]) + int(match[2]) == 0:
         raise UserError(
             f"DEPTH is num_layers-num_single_layers, for example 2-4 (1.35 B parameters on FLUX.1-dev), not '{depth}'"
         )
@@ -65,9 +65,11 @@ class ControlNetAdapter:
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
         """Prediction (B, T, C) under the control of `inputs.condition`."""
+        # Looking at held-out samples is one process's business: the wrapper would have all of them take part.
+        module = self.module if torch.is_grad_enabled() else self.controlnet
         with self._autocast(x_t):
             residuals = self.family.residuals(
-                self.module, x_t, t, inputs, self.options.guidance, self.options.control_mode, scale
+                module, x_t, t, inputs, self.options.guidance, self.options.control_mode, scale
             )
         residuals = tuple(
             None if group is None else [residual.to(x_t.dtype) for residual in group] for group in residuals
@@ -77,6 +79,12 @@ class ControlNetAdapter:
     def predict_without(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Prediction (B, T, C) of the base alone."""
         return self.family.predict(self.base, x_t, t, inputs, self.options.guidance, None)
+
+    @property
+    def has_idle_parameters(self) -> bool:
+        """Whether some parameters never get a gradient: without single blocks the last double block's text half feeds
+        nothing."""
+        return not self.controlnet.config["num_single_layers"]  # type: ignore[index]
 
     def _autocast(self, x_t: torch.Tensor) -> AbstractContextManager[object]:
         """fp32 weights with bf16 activations: computed in bf16, gradients arrive in fp32."""

@@ -1,0 +1,87 @@
+"""What the documents promise: commands, options, files and recipes that the README names are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocess.config import PreprocessConfig
+from shared.config import field_names, load
+from train.config import TrainConfig
+from train.sample import SampleConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+FENCED = re.findall(r"^```.*?\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+INLINE = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE))
+STAGES: dict[str, type[Any]] = {"preprocess": PreprocessConfig, "train": TrainConfig}
+
+
+def test_every_make_command_in_the_readme_is_a_target() -> None:
+    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+    commands = [*INLINE, *(line for block in FENCED for line in block.splitlines() if line.startswith("make "))]
+    named = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(commands)))
+    assert {"demo", "test", "preprocess", "train", "sample", "verify"} <= named
+    assert named <= targets
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    known = {
+        name.replace("_", "-")
+        for config in (PreprocessConfig, TrainConfig, SampleConfig)
+        for name in field_names(config)
+    }
+    named = {word for code in INLINE for word in re.findall(r"--([a-z][a-z0-9.-]*)", code)}
+    assert "controlnet.embedder" in named
+    assert named - known - {"logdir", "help", "dry-run", "recipe"} == set()
+
+
+def test_every_file_in_the_map_of_the_code_exists() -> None:
+    tree = README.split("## The code")[1].split("```")[1]
+    folder = ""
+    count = 0
+    for line in tree.strip().splitlines():
+        words = line.split("  ")[0 if not line.startswith("  ") else 1].split()
+        if line.startswith("  "):
+            names = [word for word in line.split() if re.fullmatch(r"[a-z_]+(\.py|/)", word.rstrip(":"))]
+            base = names[0] if names[0].endswith("/") else ""
+            for name in names:
+                candidates = [ROOT / folder / name.rstrip(":"), ROOT / folder / base / name.rstrip(":")]
+                assert any(path.exists() for path in candidates), f"{folder}{name}"
+                count += 1
+        else:
+            folder = words[0]
+            assert (ROOT / folder).is_dir(), folder
+    assert count > 25
+
+
+@pytest.mark.parametrize(
+    ("stage", "recipe"),
+    [(stage, path) for stage in STAGES for path in sorted((ROOT / stage / "recipes").iterdir())],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_every_recipe_is_accepted(stage: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", "x"] if stage == "preprocess" else []
+    assert load(STAGES[stage], ["--recipe", str(recipe), *data, "--dry-run"], command=stage) is None
+    assert capsys.readouterr().out
+
+
+def test_make_alone_prints_help_and_targets_call_the_stages() -> None:
+    printed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "make demo" in printed
+    assert "DEPTH=2-4" in printed
+    planned = subprocess.run(
+        ["make", "-n", "-o", ".venv/.installed", "train", "CACHE=c d", "DEPTH=5-10", "NAME=big", "STEPS=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    words = shlex.split(planned.replace("\\\n", " "))
+    assert words[1:] == ["-m", "train", "--cache", "c d", "--depth", "5-10", "--name", "big", "--steps", "3"]
