@@ -15,7 +15,8 @@ def mapped(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: 
     """`function` of each item, in order, by `workers` threads. Up to `ahead` results are waiting or in the making while
     the caller is busy with one: enough to keep it busy, and no more memory, whatever the number of items.
 
-    `items` is iterated in the caller's thread. Where the caller stops (an error, Ctrl-C), what has not begun is dropped.
+    `items` is iterated in the caller's thread. Where the caller stops (an error, Ctrl-C), what has not begun never does
+    begin.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[R]] = deque()

@@ -7,7 +7,6 @@ interrupted and an undisturbed run write the same bytes.
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -284,7 +283,7 @@ class _Stage:
                     f"the GPU's memory is too small to make {work.name} with encode.{option}="
                     f"{getattr(self.options.encode, option)}; lower it and run again: what is finished stays"
                 ) from error
-            gc.collect()  # the encoder is gone before the next one comes: one at a time in memory
+            # With the frame of `_make_missing` the encoder is gone: there is one at a time in memory.
             if self.device == "cuda":
                 torch.cuda.empty_cache()
         return len(work.missing)

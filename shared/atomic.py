@@ -98,9 +98,9 @@ LOCK = ".lock"
 def alone(folder: Path, doing: str) -> Iterator[None]:
     """Hold `folder` for this process; another one that wants it gets a `UserError` at once.
 
-    The lock is the kernel's on the folder itself: it leaves no file, and a killed process holds it no longer. NFS locks
-    only files that are open for writing, so there it is on an empty file in the folder. Where there are no locks at all,
-    a warning says so.
+    The lock is the kernel's on the folder itself: it leaves no file, and a killed process holds it no longer. NFS
+    locks only files that are open for writing, so there it is on an empty file in the folder. Where there are no locks
+    at all, a warning says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

@@ -13,7 +13,8 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -69,35 +70,54 @@ def recipe_arguments(config_class: type[Any], path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"no such recipe: {path}")
     try:
-        if path.suffix == ".toml":
-            content = tomllib.loads(path.read_text())
-        else:
-            content = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if content is None:
+        return []  # all of it is comments
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must hold keys and values, but holds a {type(content).__name__}")
-    known = field_names(config_class)
+    known = _leaf_types(config_class)
     words: list[str] = []
     for key, value in _flatten(content):
         name = key.replace("-", "_")
+        if value is None and any(other.startswith(f"{name}.") for other in known):
+            continue  # a section whose options are all comments
         if name not in known:
             raise UserError(f"{path}: unknown key '{key}': {nearest(name, known)}")
-        words.append("--" + name.replace("_", "-"))
         values = value if isinstance(value, list) else [value]
-        words += [str(item) for item in values]
+        if _is_text(known[name]) and (wrong := [item for item in values if not isinstance(item, str | None)]):
+            # YAML reads no as false and 0123 as 83: what would be passed on is not what was written.
+            raise UserError(f"{path}: {key} is a text, but {wrong[0]!r} is none: put it in quotes")
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [option, *(str(item) for item in value)]
+        else:
+            words.append(f"{option}={value}")  # one word, so that a value may begin with a dash
     return words
 
 
 def field_names(config_class: type[Any]) -> list[str]:
     """Every option's full name, nested ones with dots: `optimizer.learning_rate`."""
-    names = []
+    return list(_leaf_types(config_class))
+
+
+def _leaf_types(config_class: type[Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, kind in tyro_types(config_class).items():
-        if dataclasses.is_dataclass(kind):
-            names += [f"{name}.{inner}" for inner in field_names(kind)]  # type: ignore[arg-type]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            found |= _leaf_types(kind, f"{prefix}{name}.")
         else:
-            names.append(name)
-    return names
+            found[prefix + name] = kind
+    return found
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a value of this type is a text, or several, or none."""
+    return kind in (str, Path) or (
+        bool(get_args(kind)) and all(_is_text(k) or k in (NoneType, ...) for k in get_args(kind))
+    )
 
 
 def tyro_types(config_class: type[Any]) -> dict[str, Any]:

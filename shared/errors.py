@@ -23,6 +23,8 @@ class UserError(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean ...?` for a misspelt `name`, else the list of what is `known`: the end of an error message."""
     known = sorted(known)
+    if not known:
+        return "there is nothing"
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"there is: {', '.join(known)}"
 

@@ -1,4 +1,4 @@
-"""A pretrained pipeline in diffusers' folder layout, local or on the Hugging Face hub: where its parts are, what they hash to."""
+"""A pretrained pipeline in diffusers' folder layout, local or on the hub: where its parts are, what they hash to."""
 
 from __future__ import annotations
 
@@ -127,7 +127,14 @@ def resolve(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"no such model: '{name}' is neither a folder on this machine nor a hub id like owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = [*extra, *(f"{part}/{pattern}" for part in components for pattern in _PATTERNS)]
     try:
@@ -140,6 +147,10 @@ def resolve(
         raise UserError(
             f"model {name} is not on the hub, or is private: run `hf auth login`, or check the name"
         ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"model {name} has no revision '{revision}' on the hub") from error
+    except HFValidationError as error:
+        raise UserError(f"'{name}' is neither a folder on this machine nor a hub id: {error}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"model {name} is neither a folder here nor can it be fetched from the hub (is there a network?): "

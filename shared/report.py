@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = (
-    "torch diffusers transformers accelerate optimum-quanto bitsandbytes controlnet-aux numpy pillow pyarrow safetensors"
-).split()
+    "torch", "diffusers", "transformers", "accelerate", "optimum-quanto", "bitsandbytes", "controlnet-aux", "numpy",
+    "pillow", "pyarrow", "safetensors",
+)  # fmt: skip
 
 
 def progress(

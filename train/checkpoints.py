@@ -3,7 +3,8 @@
     checkpoints/step-00000400/
       controlnet/            config.json, diffusion_pytorch_model.safetensors
       optimizer.safetensors  the optimizer's tensors, in 8 bit where it keeps 8 bit
-      state.json             step, position of the loader, settings; checksums of every file here. Written last
+      state.json             step, position of the loader, settings; checksums of every file here and its own.
+                             Written last
 
 A checkpoint appears whole or not at all. A damaged one is passed over for the one before, saying so.
 """
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from shared import atomic
-from shared.cache.schema import file_checksum
+from shared.cache import schema
 from shared.errors import UserError, disk_full
 from shared.report import warn
 
@@ -71,15 +72,13 @@ def save(
             save_weights(part / CONTROLNET)
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / OPTIMIZER)
             files = sorted(file for file in part.rglob("*") if file.is_file())
-            sums = {str(file.relative_to(part)): file_checksum(file) for file in files}
-            (part / STATE).write_text(json.dumps({"step": step, **state, "files": sums}, indent=2) + "\n")
+            sums = {str(file.relative_to(part)): schema.file_checksum(file) for file in files}
+            content = schema.seal({"step": step, **state, "files": sums})
+            (part / STATE).write_text(json.dumps(content, indent=2) + "\n")
             for file in files:
                 shutil.copymode(part / STATE, file)  # safetensors makes files that nobody else may read
-    except BaseException as error:
-        shutil.rmtree(path.with_name(path.name + atomic.PART), ignore_errors=True)  # it may be what fills the disk
-        if (refusal := _disk_full(error, path)) is not None:
-            raise refusal from error
-        raise
+    except SafetensorError as error:
+        raise _disk_full(error, path) or error from error
     link(folder, path)
     if keep:
         for old in all_newest_first(folder)[keep:]:
@@ -87,13 +86,10 @@ def save(
     return path
 
 
-def _disk_full(error: BaseException, path: Path) -> UserError | None:
+def _disk_full(error: SafetensorError, path: Path) -> UserError | None:
     """safetensors reports a full disk in its own class, with the system's number in the text alone."""
-    if isinstance(error, SafetensorError):
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            if f"os error {number})" in str(error):
-                return disk_full(OSError(number, str(error)), f"writing {path}")
-    return None
+    numbers = [number for number in (errno.ENOSPC, errno.EDQUOT) if f"os error {number})" in str(error)]
+    return disk_full(OSError(numbers[0], str(error)), f"writing {path}") if numbers else None
 
 
 def link(folder: Path, path: Path) -> None:
@@ -131,13 +127,16 @@ def step_of(path: Path) -> int:
 
 def _damage(path: Path) -> str | None:
     try:
-        stated = json.loads((path / STATE).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        content = state(path)
+        stated = content.pop("checksum")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{STATE} cannot be read: {error}"
-    for name, expected in stated.items():
+    if stated != schema.checksum(schema.canonical(content)):
+        return f"{STATE} was altered"
+    for name, expected in content["files"].items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if file_checksum(path / name) != expected:
+        if schema.file_checksum(path / name) != expected:
             return f"{name} was altered"
     return None
 

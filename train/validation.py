@@ -115,12 +115,12 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, adapter: ControlNetAdapter, control: Control) -> torch.Tensor:
-        """(samples, timesteps) fp32: the loss of each cell of the grid. With "other" the condition is the next
-        sample's of the same shape; a sample that has no other of its shape in the grid is NaN."""
+        """(samples, timesteps) fp32: the loss of each cell of the grid. With "other" the condition is the next held-out
+        sample's of the same shape; a sample that is the only one of its shape is NaN."""
         indices = self.indices[: self.options.samples]
         J = self.options.timesteps
         losses = torch.full((len(indices), J), math.nan)
-        neighbours = self._neighbours(indices)
+        neighbours = self._neighbours()
         for part, batch in self._batches(indices):
             x_0 = self._latents(batch, "latents")
             condition = self._latents(batch, "condition_latents")
@@ -141,11 +141,10 @@ class Validation:
                         losses[indices.index(index), j] = loss[row]
         return losses
 
-    def _neighbours(self, indices: list[int]) -> dict[int, int]:
-        """Each sample's partner of the same shape: the next one in its bucket, around."""
+    def _neighbours(self) -> dict[int, int]:
+        """Each held-out sample's partner of the same shape: the next one in its bucket, around."""
         by_size: dict[tuple[int | None, int | None], list[int]] = {}
-        for index in indices:
-            sample = self.samples.samples[index]
+        for index, sample in enumerate(self.samples.samples):
             by_size.setdefault((sample.bucket_height, sample.bucket_width), []).append(index)
         return {index: group[(i + 1) % len(group)] for group in by_size.values() for i, index in enumerate(group)}
 
@@ -169,12 +168,12 @@ class Validation:
             "control_gap": (self._without - own).mean().item(),
             "control_gap_error": standard_error(self._without - own),
         }
-        paired = ~other.isnan()
+        paired = ~other.isnan().any(dim=1)  # rows: samples that have another of their shape
         if paired.any():
-            rows = paired.all(dim=1)
-            figures["loss_other_drawing"] = other[paired].mean().item()
+            # As `loss` would be with another's drawing, so that the two compare where some samples have no partner.
+            figures["loss_other_drawing"] = torch.where(other.isnan(), own, other).mean().item()
             figures["condition_gap"] = (other - own)[paired].mean().item()
-            figures["condition_gap_error"] = standard_error((other - own)[rows])
+            figures["condition_gap_error"] = standard_error((other - own)[paired])
         for j, loss in enumerate(own.mean(dim=0).tolist()):
             figures[f"loss_t{(j + 0.5) / self.options.timesteps:.3f}"] = loss
         return figures

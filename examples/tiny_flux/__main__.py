@@ -19,12 +19,13 @@ from diffusers.utils.logging import disable_progress_bar as disable_diffusers_pr
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress
 
 from examples.tiny_flux.base import BaseOptions, train_base
+from examples.tiny_flux.guidance import GuidanceOptions, distill_guidance
 from examples.tiny_flux.quality import measure_pipeline, versions
 from examples.tiny_flux.ship import ship
 from examples.tiny_flux.text import TextOptions, TextSide, train_text
 from examples.tiny_flux.vae import VaeOptions, train_vae
 
-PARTS = {"text": TextOptions, "vae": VaeOptions, "base": BaseOptions}
+PARTS = {"text": TextOptions, "vae": VaeOptions, "base": BaseOptions, "guidance": GuidanceOptions}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     disable_transformers_progress()
     device = torch.device(args.device)
     options = {part: options_of(part, args) for part in PARTS}
-    text_folder, vae_folder, base_folder = (args.work / part for part in PARTS)
+    text_folder, vae_folder, base_folder, guidance_folder = (args.work / part for part in PARTS)
 
     def load_vae() -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(vae_folder).to(device).eval()
@@ -84,12 +85,17 @@ def main(arguments: list[str] | None = None) -> None:
         snapshot = args.work / "base_snapshot"
         train_base(load_vae(), text, options["base"], device, snapshot).save_pretrained(folder)
 
+    def make_guidance(folder: Path) -> None:
+        teacher, text = FluxTransformer2DModel.from_pretrained(base_folder), TextSide.load(text_folder, device)
+        distill_guidance(teacher, load_vae(), text, options["guidance"], device).save_pretrained(folder)
+
     seconds = {
         "text": once(text_folder, lambda folder: train_text(options["text"], device).save(folder)),
         "vae": once(vae_folder, lambda folder: train_vae(options["vae"], device).save_pretrained(folder)),
         "base": once(base_folder, make_base),
+        "guidance": once(guidance_folder, make_guidance),
     }
-    transformer = FluxTransformer2DModel.from_pretrained(base_folder)
+    transformer = FluxTransformer2DModel.from_pretrained(guidance_folder)
     size_bytes = ship(load_vae(), TextSide.load(text_folder, device), transformer, args.out)
     print(f"ship: {args.out}, {size_bytes / 1e6:.2f} MB", flush=True)
 

@@ -1,7 +1,7 @@
 """The base: the transformer, trained from nothing to paint what a caption says (flow matching, Lipman et al. 2022).
 
 x_t = (1 - t) x_0 + t noise, and the model learns the velocity noise - x_0. What is kept is an average of the weights
-over the last steps (EMA): it paints cleaner shapes than the last weights themselves.
+over the last steps (EMA).
 
 The pipelines of diffusers pad captions to 512 T5 tokens unless told otherwise, and nothing masks the pads. So training
 draws the length anew for each step, mostly short ones (cheap), now and then up to 512: then the pads are learned to be
@@ -21,8 +21,9 @@ from torch import nn
 
 from examples.shapes import GENERIC_SHAPE, TEMPLATES, Drawing, caption, pictures
 from examples.tiny_flux.architecture import image_ids, make_transformer, num_parameters
+from examples.tiny_flux.learning_rate import cosine
 from examples.tiny_flux.text import SHORT_LENGTH, TextSide, invented_word
-from examples.tiny_flux.vae import cosine, encode
+from examples.tiny_flux.vae import encode
 
 SIZE = 128
 LENGTHS = {SHORT_LENGTH: 0.66, 32: 0.12, 77: 0.1, 128: 0.05, 256: 0.03, 512: 0.04}
@@ -33,10 +34,14 @@ LENGTHS = {SHORT_LENGTH: 0.66, 32: 0.12, 77: 0.1, 128: 0.05, 256: 0.03, 512: 0.0
 class BaseOptions:
     """How the base is trained."""
 
-    num_steps: int = 8000
+    num_steps: int = 4500
+    """Most of the time goes here: about half a second a step on two busy CPU cores."""
+    schedule_steps: int = 6500
+    """Length of the learning rate's cosine. Its end is left out: distillation brings the rate down anew."""
     batch_size: int = 32
     """Pictures per step at the short T5 length; fewer at longer ones, for about the same number of tokens."""
     num_pictures: int = 20_000
+    """Drawings, encoded once at the start."""
     matrix_learning_rate: float = 3e-3
     """For the blocks' matrices, by Muon."""
     learning_rate: float = 2e-3
@@ -44,11 +49,13 @@ class BaseOptions:
     t_mean: float = 0.5
     """Timesteps are sigmoid(N(t_mean, t_std)). Where the shape will be is decided near t = 1: hence above 0."""
     t_std: float = 1.2
+    """Wider than diffusers' 1.0, for more steps at both ends."""
     empty_caption: float = 0.05
     """How often the caption is the empty one."""
     ema_steps: int = 300
     """Over about how many steps the weights are averaged."""
     seed: int = 0
+    """Of the drawings, the captions, the weights and the noise."""
 
 
 def start_from_zero(transformer: FluxTransformer2DModel) -> None:
@@ -60,7 +67,9 @@ def start_from_zero(transformer: FluxTransformer2DModel) -> None:
             nn.init.zeros_(module.bias)
 
 
-def make_optimizers(transformer: FluxTransformer2DModel, options: BaseOptions) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    transformer: FluxTransformer2DModel, matrix_learning_rate: float, learning_rate: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for modulations, embedders, the output layer, norms and biases."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -68,8 +77,8 @@ def make_optimizers(transformer: FluxTransformer2DModel, options: BaseOptions) -
         inside = "transformer_blocks." in name and ".linear." not in name
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=options.matrix_learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01),
     ]
 
 
@@ -108,6 +117,13 @@ def worded(rng: np.random.Generator, drawing: Drawing, empty: float) -> str:
     elif kind < 0.1:
         shape = invented_word(rng)
     return caption(drawing.foreground, shape, drawing.background, int(rng.integers(len(TEMPLATES))))
+
+
+def draw_length(rng: np.random.Generator, batch_size: int, num_image_tokens: int) -> tuple[int, int]:
+    """A T5 length, and how many pictures make about as many tokens with it as `batch_size` do at the short one."""
+    length = int(rng.choice(list(LENGTHS), p=list(LENGTHS.values())))
+    tokens = batch_size * (SHORT_LENGTH + num_image_tokens)
+    return length, max(8, min(batch_size, tokens // (length + num_image_tokens)))
 
 
 class HeldOutLoss:
@@ -163,7 +179,7 @@ def train_base(
     average = copy.deepcopy(transformer).requires_grad_(False)
     velocity = Velocity(transformer, device)
     held_out = HeldOutLoss(vae, text)
-    optimizers = make_optimizers(transformer, options)
+    optimizers = make_optimizers(transformer, options.matrix_learning_rate, options.learning_rate)
     base_rates = [options.matrix_learning_rate, options.learning_rate]
     parameters = list(transformer.parameters())
     print(f"base: {num_parameters(transformer) / 1e6:.2f} M parameters", flush=True)
@@ -171,10 +187,8 @@ def train_base(
     began, losses = time.monotonic(), []
     for step in range(options.num_steps):
         for optimizer, rate in zip(optimizers, base_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * cosine(step, options.num_steps, num_warmup=100)
-        length = int(rng.choice(list(LENGTHS), p=list(LENGTHS.values())))
-        tokens = options.batch_size * (SHORT_LENGTH + latents.shape[1])
-        count = max(8, min(options.batch_size, tokens // (length + latents.shape[1])))
+            optimizer.param_groups[0]["lr"] = rate * cosine(step, options.schedule_steps, num_warmup=100)
+        length, count = draw_length(rng, options.batch_size, latents.shape[1])
         chosen = rng.integers(len(latents), size=count)
         embeds = _embed(rng, text, [drawings[index] for index in chosen], options, length)
 
@@ -182,7 +196,7 @@ def train_base(
         noise = torch.randn_like(x)
         t = torch.sigmoid(options.t_mean + options.t_std * torch.randn(count, device=device))
         x_t = (1 - t[:, None, None]) * x + t[:, None, None] * noise
-        # The guidance is drawn at random, so that the base works, and works alike, at any value in the usual range.
+        # The guidance has no meaning yet, and is drawn so that the base works alike at any value of the usual range.
         guidance = 1 + 4 * torch.rand(count, device=device)
         loss = ((velocity(x_t, t, embeds, guidance) - (noise - x)) ** 2).mean()
 

@@ -37,9 +37,13 @@ class TextOptions:
     """How the text encoders are trained."""
 
     num_steps: int = 1600
+    """The task is solved after about 1000."""
     batch_size: int = 64
+    """Captions per step at the short length; fewer at longer ones, for about the same number of tokens."""
     learning_rate: float = 3e-3
+    """The highest, after 30 steps of warm-up; it falls linearly to zero."""
     seed: int = 0
+    """Of the captions and the weights."""
 
 
 @dataclass

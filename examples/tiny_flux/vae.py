@@ -4,7 +4,6 @@ Colours must get through from the first step, or minutes go by with gray picture
 resizing convolutions as an average or an identity, every activation at standard deviation 1 (`make_easy`).
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 
 from examples.shapes import pictures
 from examples.tiny_flux.architecture import LATENT_CHANNELS, make_vae, pack, unpack
+from examples.tiny_flux.learning_rate import cosine
 
 
 @dataclass
@@ -32,12 +32,15 @@ class VaeOptions:
     num_full_steps: int = 450
     """Steps on whole pictures, 4 at a time: what happens at the border, and the middle attention at its real length."""
     learning_rate: float = 1.5e-3
+    """The highest, after 50 steps of warm-up."""
     kl_weight: float = 2e-4
     """Pull of the latents towards N(0, 1)."""
     edge_weight: float = 2.0
     """How much more a pixel near an outline counts."""
     num_pictures: int = 3000
+    """Drawings to crop from."""
     seed: int = 0
+    """Of the drawings, the crops and the latents' noise."""
 
 
 def canny(image: np.ndarray) -> np.ndarray:
@@ -215,11 +218,6 @@ def fold_latent_spread(vae: AutoencoderKL, images: np.ndarray) -> None:
     vae.decoder.conv_in.weight *= spread[None, :, None, None]
     shift = (mean / spread).abs().max()
     print(f"vae: latent spread {spread.min():.2f} to {spread.max():.2f} made 1, mean at most {shift:.2f}", flush=True)
-
-
-def cosine(step: int, num_steps: int, num_warmup: int) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then a cosine down to 2 %."""
-    return min(1.0, (step + 1) / num_warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
 
 def _reconstruction_report(vae: AutoencoderKL) -> Callable[[int], str]:

@@ -44,7 +44,8 @@ class _Summed(io.RawIOBase):
 
 
 class ShardWriter:
-    """One shard: a WebDataset tar and its Parquet index. Both appear when the `with` block ends well, or neither counts.
+    """One shard: a WebDataset tar and its Parquet index. Both appear when the `with` block ends well, or neither
+    counts.
 
     The index is renamed last: a tar without an index is an unfinished shard, and the next run writes it again. A full
     disk raises `UserError`.
@@ -62,7 +63,7 @@ class ShardWriter:
         # The index of a tar that is lost or cut off: beside the new tar it could pass for that one's.
         index.unlink(missing_ok=True)
         self._file = _Summed(self._stack.enter_context(atomic.writing(self.folder / f"{self.name}.tar")))
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         return self
 
     def add(self, key: str, input_digest: str, members: Mapping[str, bytes]) -> None:

@@ -153,14 +153,15 @@ class Flux(Family):
             base,
             num_layers=num_layers,
             num_single_layers=num_single_layers,
-            attention_head_dim=base.config["attention_head_dim"],
-            num_attention_heads=base.config["num_attention_heads"],
+            attention_head_dim=_config(base)["attention_head_dim"],
+            num_attention_heads=_config(base)["num_attention_heads"],
         ).to(next(base.parameters()).dtype)
         if embedder == "copy":
             # With both ends zero no gradient reaches the condition until the output layers have moved. The outputs
             # stay zero, so the first step is the same exact no-op.
             with torch.no_grad():
-                controlnet.controlnet_x_embedder.weight.copy_(base.x_embedder.weight)
+                own = controlnet.get_parameter("controlnet_x_embedder.weight")
+                own.copy_(base.get_parameter("x_embedder.weight"))
         _assert_copied(controlnet, base)
         return controlnet
 
@@ -175,7 +176,7 @@ class Flux(Family):
 
     def check_controlnet(self, controlnet: torch.nn.Module, base: torch.nn.Module, control_mode: int | None) -> None:
         for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "num_attention_heads"):
-            theirs, ours = controlnet.config[key], base.config[key]
+            theirs, ours = _config(controlnet)[key], _config(base)[key]
             if theirs != ours:
                 raise UserError(
                     f"the ControlNet to start from does not fit the base: its {key} is {theirs}, not {ours}"
@@ -184,7 +185,7 @@ class Flux(Family):
             raise UserError(
                 "the ControlNet to start from takes pixels (an XLabs model); only latents are cached for FLUX"
             )
-        num_modes = controlnet.config["num_mode"]
+        num_modes = _config(controlnet)["num_mode"]
         if num_modes is not None and (control_mode is None or not 0 <= control_mode < num_modes):
             raise UserError(
                 f"the ControlNet to start from is a union of {num_modes} modes: "
@@ -232,7 +233,10 @@ class Flux(Family):
             controlnet_mode=mode,
             conditioning_scale=scale,
             timestep=t,
-            guidance=_guidance(guidance, t),
+            # A wrapper for several processes keeps the model, and so its config, in `module`. schnell has no guidance.
+            guidance=_guidance(guidance, t)
+            if _config(getattr(controlnet, "module", controlnet))["guidance_embeds"]
+            else None,
             return_dict=False,
             **inputs.embeds,
         )
@@ -244,7 +248,7 @@ class Flux(Family):
         return base(
             hidden_states=x_t,
             timestep=t,
-            guidance=_guidance(guidance, t) if base.config["guidance_embeds"] else None,
+            guidance=_guidance(guidance, t) if _config(base)["guidance_embeds"] else None,
             controlnet_block_samples=double,
             controlnet_single_block_samples=single,
             return_dict=False,
@@ -379,6 +383,13 @@ def _tiny_tokenizers() -> tuple[Any, Any]:
     )
 
 
+def _config(model: torch.nn.Module) -> Mapping[str, Any]:
+    """What a diffusers model was made with."""
+    config = model.config
+    assert isinstance(config, Mapping)
+    return config
+
+
 def _guidance(guidance: float, t: torch.Tensor) -> torch.Tensor:
     return torch.full((len(t),), guidance, device=t.device, dtype=torch.float32)
 
@@ -455,7 +466,7 @@ def _open_vae_encoder(model: ModelFolder, device: str, dtype: torch.dtype) -> En
     @torch.no_grad()
     def encode(images: np.ndarray) -> Tensors:
         lead = images.shape[:-3]  # (B,) or, for a condition with several drawings, (B, R)
-        pixels = torch.from_numpy(images).flatten(0, -4).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(images).flatten(0, -4).permute(0, 3, 1, 2).contiguous()
         # The pipelines' own preprocessing: [0, 1] in fp32, then [-1, 1], then the VAE's precision.
         pixels = (2.0 * (pixels.float() / 255.0) - 1.0).to(device=device, dtype=dtype)
         # cuDNN's own choice for fp32 convolutions is TF32, with 10 bits of mantissa: fp32 shall be fp32.
@@ -471,27 +482,39 @@ def _open_vae_encoder(model: ModelFolder, device: str, dtype: torch.dtype) -> En
 def _clip_tokenizer(model: ModelFolder) -> Any:
     from transformers import CLIPTokenizer
 
-    return _tokenizer(CLIPTokenizer, model, "tokenizer")
+    return _tokenizer(CLIPTokenizer, model, "tokenizer", "text_encoder", ("vocab.json", "merges.txt"))
 
 
 def _t5_tokenizer(model: ModelFolder) -> Any:
     from transformers import T5TokenizerFast
 
-    return _tokenizer(T5TokenizerFast, model, "tokenizer_2")
+    return _tokenizer(T5TokenizerFast, model, "tokenizer_2", "text_encoder_2", ("spiece.model",))
 
 
-def _tokenizer(kind: Any, model: ModelFolder, component: str) -> Any:
+def _tokenizer(kind: Any, model: ModelFolder, component: str, encoder: str, files: tuple[str, ...]) -> Any:
+    """A tokenizer with its vocabulary (tokenizer.json, or `files`): without one it would be loaded all the same, and
+    every word would be the unknown one."""
     folder = model.path / component
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir():
         raise UserError(f"model {model.name} has no folder '{component}'; expected the layout of FLUX.1-dev")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"model {model.name}: {folder} lacks {' and '.join(missing)}; download the model again")
     try:
-        return kind.from_pretrained(folder)
-    except Exception as error:  # whatever a tokenizer's parser trips over in its files
+        tokenizer = kind.from_pretrained(folder)
+    except Exception as error:  # whatever a parser trips over in these files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model {model.name}: {folder} is not a tokenizer that can be loaded ({reason[:200]}); "
             "download the model again"
         ) from error
+    known, expected = len(tokenizer), model.config(encoder)["vocab_size"]
+    if not 0.9 * expected <= known <= expected:  # T5 has 28 rows of its table to spare
+        raise UserError(
+            f"model {model.name}: {component} knows {known} tokens, but {encoder} expects {expected}: they are not of "
+            "one model; download it again"
+        )
+    return tokenizer
 
 
 def _open_clip(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:

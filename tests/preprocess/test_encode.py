@@ -1,0 +1,242 @@
+"""Producers: what becomes of one shard's rows. Order, reasons, memory, and the files they are read from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load
+
+from preprocess import encode, images, lookahead
+from preprocess.encode import Row
+from preprocess.geometry import Placement
+from preprocess.images import ImageError
+from shared.cache.schema import Caption, Sample
+from shared.errors import UserError
+from shared.families.base import Tensors
+
+KEYS = [f"key{i}" for i in range(11)]
+
+
+def pixels_of(key: str) -> NDArray[np.uint8]:
+    """(8, 8, 3), another for each key."""
+    return np.random.default_rng(int(key.removeprefix("key"))).integers(0, 256, (8, 8, 3), np.uint8)
+
+
+def mean_of(batch: NDArray[np.uint8]) -> Tensors:
+    return {"mean": torch.from_numpy(batch).float().mean(dim=(1, 2, 3))[:, None]}
+
+
+def values(rows: Sequence[Row]) -> dict[str, float | str]:
+    """Key to its mean, or to the reason why there is none."""
+    found: dict[str, float | str] = {row.key: row.error for row in rows if row.error is not None}
+    return found | {row.key: load(row.members["safetensors"])["mean"].item() for row in rows if row.members is not None}
+
+
+# --- rows ---
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 11, 100])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_each_key_gets_its_own_values_in_order(batch_size: int, workers: int) -> None:
+    rows = list(encode.images_producer(pixels_of, mean_of, batch_size, workers)(KEYS))
+    assert [row.key for row in rows] == KEYS
+    assert values(rows) == {key: pytest.approx(float(pixels_of(key).mean())) for key in KEYS}
+
+
+def test_a_value_that_is_not_finite_makes_its_row_an_error_and_no_other() -> None:
+    def encoder(batch: NDArray[np.uint8]) -> Tensors:
+        tensors = mean_of(batch)
+        for i, image in enumerate(batch):
+            if np.array_equal(image, pixels_of("key4")):
+                tensors["mean"][i] = float("nan")
+        return tensors
+
+    rows = {row.key: row for row in encode.images_producer(pixels_of, encoder, 3, 2)(KEYS)}
+    assert rows["key4"] == Row("key4", None, "the encoder gave values that are not finite (mean)")
+    assert [key for key in KEYS if rows[key].error is None] == [key for key in KEYS if key != "key4"]
+
+
+def test_a_caption_s_infinite_embedding_is_an_error() -> None:
+    captions = {key: Caption(key, text) for key, text in (("a", "fine"), ("b", "bad"), ("c", "fine too"))}
+
+    def encoder(texts: list[str]) -> Tensors:
+        return {"mean": torch.tensor([[float("inf") if text == "bad" else len(text)] for text in texts])}
+
+    found = values(list(encode.captions_producer(captions, encoder, 2)(list(captions))))
+    assert found == {"a": 4.0, "b": "the encoder gave values that are not finite (mean)", "c": 8.0}
+
+
+def test_an_image_that_cannot_be_had_is_an_error_and_its_batch_goes_on() -> None:
+    shapes = []
+
+    def read(key: str) -> NDArray[np.uint8]:
+        if key in ("key0", "key4", "key6", "key7", "key8"):
+            raise ImageError(f"no {key}")
+        return pixels_of(key)
+
+    def encoder(batch: NDArray[np.uint8]) -> Tensors:
+        shapes.append(len(batch))
+        return mean_of(batch)
+
+    rows = list(encode.images_producer(read, encoder, 3, 2)(KEYS))
+    assert shapes == [2, 2, 2]  # the third batch has nobody
+    assert {row.key for row in rows} == set(KEYS)
+    assert {row.key: row.error for row in rows if row.error} == {
+        key: f"no {key}" for key in ("key0", "key4", "key6", "key7", "key8")
+    }
+    assert list(encode.images_producer(read, encoder, 3, 5)(KEYS)) == rows
+
+
+def test_drawings_are_png_of_the_very_pixels_grey_where_they_are_grey() -> None:
+    def draw(batch: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        grey = np.repeat(batch[..., :1], 3, axis=-1)
+        return np.stack([batch, grey], axis=1)  # (B, 2, H, W, 3)
+
+    rows = list(encode.drawings_producer(pixels_of, draw, 4, 3)(KEYS))
+    assert [row.key for row in rows] == KEYS
+    for row in rows:
+        assert row.members is not None
+        assert list(row.members) == ["0.png", "1.png"]
+        colour, grey = (Image.open(io.BytesIO(row.members[name])) for name in ("0.png", "1.png"))
+        assert (colour.mode, grey.mode) == ("RGB", "L")
+        assert np.array_equal(np.asarray(colour), pixels_of(row.key))
+        assert np.array_equal(np.asarray(grey), pixels_of(row.key)[..., 0])
+
+
+def test_png_bytes_do_not_depend_on_threads_or_batches() -> None:
+    def produced(batch_size: int, workers: int) -> list[Row]:
+        return list(encode.drawings_producer(pixels_of, lambda batch: batch[:, None], batch_size, workers)(KEYS))
+
+    assert produced(1, 1) == produced(4, 8) == produced(100, 2)
+
+
+# --- memory and overlap ---
+
+
+def test_no_more_images_are_read_ahead_than_the_next_batch_and_the_threads() -> None:
+    batch_size, workers, total = 4, 3, 200
+    loaded, taken, most = 0, 0, 0
+    lock = threading.Lock()
+
+    def read(key: str) -> NDArray[np.uint8]:
+        nonlocal loaded, most
+        with lock:
+            loaded += 1
+            most = max(most, loaded - taken)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    def encoder(batch: NDArray[np.uint8]) -> Tensors:
+        nonlocal taken
+        with lock:
+            taken += len(batch)
+        return mean_of(batch)
+
+    keys = [f"key{i}" for i in range(total)]
+    assert len(list(encode.images_producer(read, encoder, batch_size, workers)(keys))) == total
+    assert most <= 2 * batch_size + workers + 1
+
+
+def test_the_next_batch_is_read_while_the_encoder_runs() -> None:
+    begun: set[str] = set()
+
+    def read(key: str) -> NDArray[np.uint8]:
+        begun.add(key)
+        return pixels_of(key)
+
+    seen: list[bool] = []
+
+    def encoder(batch: NDArray[np.uint8]) -> Tensors:
+        following = KEYS[3 * (len(seen) + 1) : 3 * (len(seen) + 2)]
+        until = time.monotonic() + 5
+        while not set(following) <= begun and time.monotonic() < until:
+            time.sleep(0.001)
+        seen.append(set(following) <= begun)
+        return mean_of(batch)
+
+    list(encode.images_producer(read, encoder, 3, 2)(KEYS))
+    assert seen == [True] * 4
+
+
+def test_what_has_not_begun_never_does_when_the_caller_stops() -> None:
+    started: list[int] = []
+
+    def slow(item: int) -> int:
+        started.append(item)
+        time.sleep(0.01)
+        return item
+
+    results = lookahead.mapped(slow, range(1000), workers=2, ahead=20)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    results.close()  # type: ignore[attr-defined]
+    assert len(started) < 12
+    assert threading.active_count() < 20
+
+
+def test_an_error_of_one_item_is_raised_in_its_turn() -> None:
+    def fails_at_5(item: int) -> int:
+        if item == 5:
+            raise UserError("five")
+        return item
+
+    results = lookahead.mapped(fails_at_5, range(100), workers=4, ahead=10)
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="five"):
+        next(results)
+
+
+# --- the files, between plan and encoding ---
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Sample:
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    return Sample(
+        key="a", source="a.png", sha256=hashlib.sha256(data).hexdigest(), conditioning_source=None,
+        conditioning_sha256=None, width=16, height=16, variant=0,
+        placement=json.dumps(asdict(Placement(16, 16, 16, 16, 0, 0, False))), bucket_width=16, bucket_height=16,
+        split="train", captions=(), status="ok", error=None,
+    )  # fmt: skip
+
+
+def test_a_placed_image_is_its_pixels(tmp_path: Path, sample: Sample) -> None:
+    assert (encode.load_placed(tmp_path, sample, "image") == 200).all()
+
+
+def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path, sample: Sample) -> None:
+    Image.fromarray(np.full((16, 16, 3), 100, np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png changed while it was being preprocessed; run the same command again"):
+        encode.load_placed(tmp_path, sample, "image")
+
+
+def test_a_file_that_is_gone_since_the_plan_is_refused(tmp_path: Path, sample: Sample) -> None:
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.png can no longer be read \(No such file or directory\); run the same"):
+        encode.load_placed(tmp_path, sample, "image")
+
+
+def test_a_conditioning_image_that_is_missing_or_broken_is_a_reason_and_no_refusal(
+    tmp_path: Path, sample: Sample
+) -> None:
+    with pytest.raises(ImageError, match="it has no conditioning_image"):
+        encode.load_placed(tmp_path, sample, "conditioning_image")
+    unread = replace(sample, conditioning_source="b.png")
+    with pytest.raises(ImageError, match=r"its conditioning image b\.png cannot be read"):
+        encode.load_placed(tmp_path, unread, "conditioning_image")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:45])
+    broken = replace(unread, conditioning_sha256=hashlib.sha256((tmp_path / "b.png").read_bytes()).hexdigest())
+    with pytest.raises(ImageError, match=r"its conditioning image b\.png: truncated PNG file"):
+        encode.load_placed(tmp_path, broken, "conditioning_image")
+    assert images.decode((tmp_path / "a.png").read_bytes()).shape == (16, 16, 3)

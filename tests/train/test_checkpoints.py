@@ -1,0 +1,200 @@
+"""A checkpoint is whole or absent; a damaged one is passed over; nothing older than asked is kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from shared.errors import UserError
+from train import checkpoints
+from train.checkpoints import CheckpointOptions
+
+TENSORS = {"weight.exp_avg": torch.arange(6.0).reshape(2, 3), "weight.state1": torch.arange(6, dtype=torch.uint8)}
+
+
+def save_weights(folder: Path) -> None:
+    folder.mkdir()
+    save_file({"weight": torch.ones(3)}, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text("{}")
+
+
+def save(run: Path, step: int, keep: int = 0, weights: Any = save_weights) -> Path:
+    return checkpoints.save(run, step, weights, TENSORS, {"loader": {"step": step}, "optimizer": {}}, keep)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 12)
+    assert checkpoints.newest(tmp_path) == path == checkpoints.path_of(tmp_path, 12)
+    assert checkpoints.step_of(path) == 12
+    assert checkpoints.state(path)["loader"] == {"step": 12}
+    read = checkpoints.optimizer_tensors(path)
+    assert read.keys() == TENSORS.keys()
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+
+
+def test_a_run_without_a_checkpoint_has_none(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path) is None
+
+
+def test_controlnet_is_a_relative_link_to_the_newest_so_that_a_run_can_be_moved(tmp_path: Path) -> None:
+    save(tmp_path / "run", 1)
+    save(tmp_path / "run", 2)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert os.readlink(moved / "controlnet") == "checkpoints/step-00000002/controlnet"
+    assert (moved / "controlnet" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [9]), (2, [6, 9]), (5, [1, 2, 6, 9]), (0, [1, 2, 6, 9])])
+def test_the_newest_are_kept_as_many_as_asked(keep: int, left: list[int], tmp_path: Path) -> None:
+    for step in (1, 2, 6, 9):
+        save(tmp_path, step, keep)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in left]
+
+
+def test_files_may_be_read_by_whom_the_folder_may_be(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in path.rglob("*") if file.is_file()}
+    assert len(modes) == 1
+    assert modes.pop() & stat.S_IRGRP
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def change_step(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: flip(path / "controlnet" / "diffusion_pytorch_model.safetensors"), "safetensors was altered"),
+        (lambda path: flip(path / "optimizer.safetensors"), "optimizer.safetensors was altered"),
+        (lambda path: (path / "controlnet" / "config.json").unlink(), "controlnet/config.json is missing"),
+        (lambda path: (path / "state.json").unlink(), "state.json cannot be read"),
+        (lambda path: (path / "state.json").write_text('{"step": 2'), "state.json cannot be read"),
+        (lambda path: (path / "state.json").write_text("{}"), "state.json cannot be read"),
+        (lambda path: (path / "state.json").write_text("[]"), "state.json cannot be read"),
+        (lambda path: change_step(path / "state.json"), "state.json was altered"),
+        (lambda path: os.truncate(path / "optimizer.safetensors", 10), "optimizer.safetensors was altered"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
+    damage: Any, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, newest = save(tmp_path, 1), save(tmp_path, 2)
+    damage(newest)
+    assert checkpoints.newest(tmp_path) == before
+    said = capsys.readouterr().err
+    assert f"{newest} is damaged" in said
+    assert reason in said
+    assert "going back to the one before" in said
+
+
+def test_saving_after_a_damaged_one_removes_it_and_keeps_the_sound_ones(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    flip(save(tmp_path, 20) / "optimizer.safetensors")
+    flip(save(tmp_path, 30) / "optimizer.safetensors")
+    save(tmp_path, 15, keep=1)  # with keep=1 the damaged step 30 would be all that is left
+    assert names(tmp_path) == ["step-00000015"]
+    assert checkpoints.newest(tmp_path) == checkpoints.path_of(tmp_path, 15)
+
+
+def test_a_damaged_one_is_replaced_when_training_comes_to_its_step_again(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    flip(save(tmp_path, 20) / "optimizer.safetensors")
+    again = save(tmp_path, 20, keep=2)
+    assert checkpoints.newest(tmp_path) == again
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+
+
+# --- interrupted and full -------------------------------------------------------------------------------------------
+
+
+def test_what_a_kill_left_unfinished_is_not_a_checkpoint_and_is_removed_by_the_next_save(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    unfinished = tmp_path / "checkpoints" / "step-00000002.part" / "controlnet"
+    unfinished.mkdir(parents=True)
+    (unfinished / "diffusion_pytorch_model.safetensors").write_bytes(b"half of it")
+    assert checkpoints.newest(tmp_path) == checkpoints.path_of(tmp_path, 1)
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def no_space_in_python(folder: Path) -> None:
+    folder.mkdir()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def no_space_in_safetensors(folder: Path) -> None:
+    folder.mkdir()
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def quota_in_safetensors(folder: Path) -> None:
+    raise SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)")
+
+
+@pytest.mark.parametrize("fill", [no_space_in_python, no_space_in_safetensors, quota_in_safetensors])
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before_and_nothing_half(
+    fill: Any, tmp_path: Path
+) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"the disk is full: writing .*step-00000002 failed\. Nothing finished is lost"):
+        save(tmp_path, 2, keep=1, weights=fill)
+    assert names(tmp_path) == ["step-00000001"]
+    assert checkpoints.newest(tmp_path) == checkpoints.path_of(tmp_path, 1)
+    assert (tmp_path / "controlnet" / "config.json").is_file()
+
+
+def test_an_error_that_is_no_full_disk_comes_through_as_it_is(tmp_path: Path) -> None:
+    def broken(folder: Path) -> None:
+        raise SafetensorError("some other trouble")
+
+    with pytest.raises(SafetensorError, match="some other trouble"):
+        save(tmp_path, 1, weights=broken)
+    assert names(tmp_path) == []
+
+
+def test_a_second_ctrl_c_while_saving_leaves_nothing_half(tmp_path: Path) -> None:
+    def interrupted(folder: Path) -> None:
+        save_weights(folder)
+        raise KeyboardInterrupt
+
+    save(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, weights=interrupted)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_the_checksums_are_of_every_file_but_their_own(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    stated = json.loads((path / "state.json").read_text())["files"]
+    files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert stated.keys() == files - {"state.json"}
+    assert load_file(path / "optimizer.safetensors").keys() == TENSORS.keys()
+
+
+def test_impossible_options_are_refused() -> None:
+    for options in (CheckpointOptions(every=0), CheckpointOptions(keep=-1)):
+        with pytest.raises(UserError, match=r"checkpoint\.every must be 1 or more"):
+            options.check()
