@@ -266,7 +266,7 @@ class _Stage:
     def _warn_truncated(self, works: Sequence[Work]) -> None:
         if not any(work.missing for work in works if work.reads == "caption"):
             return
-        texts = [caption.text for caption in self.plan.captions]
+        texts = [caption.text for caption in self.plan.captions if caption.text]
         if truncated := self.family.count_truncated(self.model, texts, self.text_length):
             warn(f"{truncated} of {len(texts)} captions are cut off after {self.text_length} T5 tokens (text_length)")
 

@@ -80,8 +80,10 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_training_loads_no_encoder_of_text_no_detector_and_nothing_of_preprocessing() -> None:
-    loaded = loaded_by("import train.trainer")
-    assert "train.loader" in loaded
+    loaded = loaded_by(
+        "import train.trainer\nfrom shared import families\nfor name in families.names(): families.get(name)"
+    )
+    assert {"train.loader", "shared.families.flux"} <= loaded
     for forbidden in ("controlnet_aux", "transformers.models.t5", "transformers.models.clip", "preprocess"):
         assert sorted(name for name in loaded if under(name, forbidden)) == []
 

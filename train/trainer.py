@@ -343,11 +343,13 @@ class Trainer:
 
     def _look(self, step: int) -> None:
         """Held-out losses and pictures when they are due, on the main process; the others wait."""
-        options = self.options.validation
+        options, last = self.options.validation, step >= self.options.steps
+        losses = options.every and (step % options.every == 0 or last)
+        pictures = self.paints and options.pictures_every and step and (step % options.pictures_every == 0 or last)
+        if not losses and not pictures:
+            return
         if self.validation is not None:
-            last = step >= self.options.steps
-            due = options.every and (step % options.every == 0 or last)
-            if due:
+            if losses:
                 figures = self.validation.held_out(self.adapter)
                 self.run.log(step, {"held_out": figures})
                 self._track(flatten(figures, "held_out"), step)
@@ -360,7 +362,7 @@ class Trainer:
                     f"step {step}: held-out loss {figures['loss']:.4f}, without control "
                     f"{figures['loss_without_control']:.4f}{gap}"
                 )
-            if self.paints and options.pictures_every and step and (step % options.pictures_every == 0 or last):
+            if pictures:
                 picture = self.validation.pictures(self.adapter)
                 path = self.run.save_picture(step, picture)
                 for tracker in self.accelerator.trackers:

@@ -30,9 +30,6 @@ class _Summed(io.RawIOBase):
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sum, self.count = file, xxhash.xxh3_128(), 0
 
-    def writable(self) -> bool:
-        return True
-
     def write(self, data: Any) -> int:
         self.file.write(data)
         self.sum.update(data)

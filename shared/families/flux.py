@@ -101,8 +101,11 @@ class Flux(Family):
 
     def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
         tokenizer = _t5_tokenizer(model)
-        ids = tokenizer(list(captions), truncation=False, verbose=False).input_ids
-        return sum(len(tokens) > text_length for tokens in ids)
+        count = 0
+        for i in range(0, len(captions), 1000):  # a tokenizer's answer takes some KB for each caption
+            ids = tokenizer(list(captions[i : i + 1000]), truncation=False, verbose=False).input_ids
+            count += sum(len(tokens) > text_length for tokens in ids)
+        return count
 
     # Stage 2
 

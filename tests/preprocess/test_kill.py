@@ -25,7 +25,7 @@ from tests.preprocess.runs import contents
 
 NUM_KILLS = 10
 IMPORTED = (AutoencoderKL, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast, cv2)
-"""What the stage imports when it needs it: imported by the fork server, with this module, it costs no child anything."""
+"""What the stage imports when it needs it: imported by the fork server with this module, it costs no child anything."""
 
 
 def child(options: PreprocessConfig, err: str, ready: Connection) -> None:

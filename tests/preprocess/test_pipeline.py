@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from preprocess import images
@@ -121,9 +122,14 @@ def test_the_same_command_again_makes_nothing_and_changes_no_byte(
     setting: Setting, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(setting.cache)
-    decoded: list[int] = []
+    decoded: list[bytes] = []
     decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda data: decoded.append(1) or decode(data))
+
+    def counted(data: bytes) -> NDArray[np.uint8]:
+        decoded.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(images, "decode", counted)
     monkeypatch.setattr(type(FLUX), "open_encoder", None)
     result = ran(setting.options, capsys)
     assert (result.code, result.made, result.err) == (0, expected(), "")
@@ -367,7 +373,7 @@ def test_one_encoder_or_detector_is_in_memory_at_a_time(
     def encoder(self: Any, layer: LayerKind, *arguments: Any) -> Encode:
         watch(layer.name, [])
         encode = open_encoder(self, layer, *arguments)
-        inner = getattr(encode, "__wrapped__", encode)  # under torch.no_grad
+        inner: Any = getattr(encode, "__wrapped__", encode)  # under torch.no_grad
         cells = [cell.cell_contents for cell in inner.__closure__]
         modules = [cell for cell in cells if isinstance(cell, torch.nn.Module)]
         assert len(modules) == 1
@@ -682,7 +688,7 @@ def test_the_report_is_said_once_and_without_bars(
     assert lines[8] == (f"cache {tmp_path / 'cache'}: 6 samples (1 held out), 7 distinct captions, conditions canny")
     assert lines[9] == "sizes: 3 of 64x64, 3 of 96x48"
     assert len(lines) == 10
-    assert "warning: 6 of 8 captions are cut off after 12 T5 tokens (text_length)" in result.err
+    assert "warning: 6 of 7 captions are cut off after 12 T5 tokens (text_length)" in result.err
     assert "%" not in result.err  # no progress bars where there is no terminal
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from numpy.typing import NDArray
 from PIL import Image
 
 from preprocess import images, plan, sources
@@ -185,9 +186,14 @@ def test_an_image_whose_bytes_are_known_is_not_decoded_again(tmp_path: Path, mon
     for i in range(5):
         picture(tmp_path / f"{i}.png", value=i)
     before = planned(tmp_path).samples
-    decoded: list[int] = []
+    decoded: list[bytes] = []
     decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda data: decoded.append(len(data)) or decode(data))
+
+    def counted(data: bytes) -> NDArray[np.uint8]:
+        decoded.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(images, "decode", counted)
     assert planned(tmp_path, before).samples == before
     assert decoded == []
     picture(tmp_path / "3.png", value=77)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save
@@ -28,14 +29,16 @@ BROKEN = "made up to fail"
 """A sample from this source has nothing in any layer."""
 
 
-def sample(name: str, *captions: str, content: str = "", source: str = "", split: str = "train") -> Sample:
+def sample(
+    name: str, *captions: str, content: str = "", source: str = "", split: Literal["train", "validation"] = "train"
+) -> Sample:
     """A sound sample of 16 x 16 pixels; another `content` is another image under the same key."""
     return Sample(
         key=name, source=source or f"{name}.png", sha256=hashlib.sha256(f"{name} {content}".encode()).hexdigest(),
         conditioning_source=None, conditioning_sha256=None, width=20, height=16, variant=0, placement='{"left": 2}',
         bucket_width=16, bucket_height=16, split=split, captions=tuple(Caption.of(text).id for text in captions),
         status="ok", error=None,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 SAMPLES = [sample(f"s{i}", f"number {i}", "a box") for i in range(5)]

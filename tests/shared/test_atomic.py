@@ -33,9 +33,14 @@ def test_a_file_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file"
     atomic.write_bytes(path, b"old")
-    with pytest.raises(error), atomic.writing(path) as file:
-        file.write(b"half of the new")
-        raise error
+
+    def fail() -> None:
+        with atomic.writing(path) as file:
+            file.write(b"half of the new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert files(tmp_path) == {"file": b"old"}
 
 
@@ -49,11 +54,20 @@ def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (done.append(name), real(*a))[1])
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        done.append("fsync folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "fsync file")
+        fsync(handle)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        done.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
     atomic.write_bytes(tmp_path / "file", b"all")
-    assert done == ["fsync", "replace", "fsync"]
+    assert done == ["fsync file", "replace", "fsync folder"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -97,9 +111,13 @@ def test_a_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
 
 
 def test_a_folder_s_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(Killed), atomic.writing_directory(tmp_path / "folder") as part:
-        (part / "file").write_bytes(b"half")
-        raise Killed
+    def fail() -> None:
+        with atomic.writing_directory(tmp_path / "folder") as part:
+            (part / "file").write_bytes(b"half")
+            raise Killed
+
+    with pytest.raises(Killed):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -178,8 +179,9 @@ def test_what_the_hub_refuses_is_one_clear_sentence(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception], expected: str
 ) -> None:
     def refuse(*arguments: object, **options: object) -> str:
+        answer: dict[str, Any] = {"response": SimpleNamespace(headers={}, request=None)}
         if issubclass(error, hub_errors.HfHubHTTPError):
-            raise error("first line\nsecond", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+            raise error("first line\nsecond", **answer)
         raise error("first line\nsecond")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)

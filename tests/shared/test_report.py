@@ -20,12 +20,13 @@ def test_a_component_is_counted_from_its_storages() -> None:
 
 
 def test_a_shared_storage_is_counted_once_and_buffers_are_counted() -> None:
-    module = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 4, bias=False), "b": torch.nn.Linear(8, 4, bias=False)})
-    module["b"].weight = module["a"].weight
+    one, other = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4, bias=False)
+    other.weight = torch.nn.Parameter(one.weight.data)
+    module = torch.nn.Sequential(one, other)
     module.register_buffer("sizes", torch.zeros(3, dtype=torch.int64))
     found = report.component("tied", module)
     assert found.num_bytes == 8 * 4 * 4 + 3 * 8
-    assert found.num_parameters == 8 * 4
+    assert found.num_parameters == 2 * 8 * 4
 
 
 def test_a_quantized_weight_counts_its_integers_and_scales_and_not_what_it_says_it_is() -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -22,6 +27,15 @@ from train.run import Run
 from train.trainer import Trainer
 from train.validation import ValidationOptions
 
+PRELOADED = (
+    "tests.train.conftest",
+    "bitsandbytes.optim",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.controlnets.controlnet_flux",
+    "diffusers.models.transformers.transformer_flux",
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+    "optimum.quanto",
+)
 TIMES = ("data_wait_seconds", "step_seconds")
 
 
@@ -48,6 +62,19 @@ def train_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
     options = dataclasses.replace(options, **{**changes, **parts})
     options.check()
     return options
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[ForkServerContext]:
+    """For processes that begin with everything imported: forked from one that has computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        context.set_forkserver_preload(list(PRELOADED))
+        first = context.Process(target=time.sleep, args=(0,))
+        first.start()
+        first.join()  # the imports are done
+        yield context
 
 
 def flux() -> Family:

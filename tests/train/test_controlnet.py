@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def randomize(controlnet: torch.nn.Module) -> None:
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in controlnet.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
 
 
 def batch_of(cache: Path, indices: tuple[int, ...] = (0, 1)) -> Batch:
@@ -90,7 +91,7 @@ class Reference:
     def latents(self, pixels: list[Any], generator: torch.Generator) -> torch.Tensor:
         vae = self.pipeline.vae
         images = self.pipeline.image_processor.preprocess([Image.fromarray(np.asarray(p)) for p in pixels])
-        latents = vae.encode(images).latent_dist.sample(generator)
+        latents = vae.encode(images.contiguous()).latent_dist.sample(generator)  # as prepare_image gives them
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         B, c, h, w = latents.shape
         return self.pipeline._pack_latents(latents, B, c, h, w)
@@ -149,11 +150,18 @@ def step_and_reference(
 
 
 def assert_same_gradients(trainer: Trainer, expected: dict[str, torch.Tensor]) -> None:
+    """Each tensor to 1e-5 of the whole gradient's norm, and to 2e-4 of its own: the small ones (attention's keys, above
+    all) are sums of large numbers, and carry the fp32 rounding of those."""
     actual = {name: p.grad for name, p in trainer.adapter.named_parameters() if p.grad is not None}
     assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item(), msg=name)
+    norms = {name: gradient.norm().item() for name, gradient in expected.items()}
+    assert all(norm > 0 for norm in norms.values())
+    errors = {name: (actual[name] - gradient).norm().item() for name, gradient in expected.items()}
+    of_whole = max(errors.values()) / math.hypot(*norms.values())
+    of_own = max(errors[name] / norm for name, norm in norms.items())
+    print(f"{len(errors)} gradients differ by at most {of_whole:.1e} of the whole norm, {of_own:.1e} of their own")
+    assert of_whole < 1e-5
+    assert of_own < 2e-4
 
 
 @pytest.mark.parametrize(
@@ -204,7 +212,8 @@ def test_at_step_0_the_prediction_is_the_base_s_to_the_bit(
     x_t, t, inputs = call(tiny_cache)
     with torch.no_grad():
         assert torch.equal(adapter.predict(x_t, t, inputs), adapter.predict_without(x_t, t, inputs))
-    assert (len(controlnet.transformer_blocks), len(controlnet.single_transformer_blocks)) == parse_depth(depth)
+    config = controlnet.config
+    assert (config["num_layers"], config["num_single_layers"]) == parse_depth(depth)  # type: ignore[index]
     shared = {name: tensor for name, tensor in base_of(tiny_model).state_dict().items()}
     own = ("controlnet_blocks", "controlnet_single_blocks", "controlnet_x_embedder")
     copied = {name: tensor for name, tensor in controlnet.state_dict().items() if not name.startswith(own)}
@@ -240,7 +249,8 @@ def test_the_first_gradient_reaches_the_outputs_and_a_copied_embedder_the_condit
     with torch.no_grad():
         for name, weight in weights.items():
             if name.startswith(("controlnet_blocks", "controlnet_single_blocks")):
-                weight -= 0.1 * weight.grad  # type: ignore[operator]
+                assert weight.grad is not None
+                weight.sub_(0.1 * weight.grad)
     second = gradients()
     assert (second["condition"] > 0) == (embedder == "copy")
     assert second["controlnet_x_embedder.weight"] > 0

@@ -361,8 +361,8 @@ def test_a_condition_that_is_not_there_is_refused_with_the_nearest_name(tiny_cac
 
 
 def test_impossible_options_are_refused() -> None:
-    for name in ("batch_size", "accumulation", "prefetch"):
-        with pytest.raises(UserError, match=rf"loader\.{name} must be 1 or more, not 0"):
-            LoaderOptions(**{name: 0}).check()
+    for options in (LoaderOptions(batch_size=0), LoaderOptions(accumulation=0), LoaderOptions(prefetch=0)):
+        with pytest.raises(UserError, match=r"loader\.\w+ must be 1 or more, not 0"):
+            options.check()
     with pytest.raises(UserError, match="a share from 0 to 1"):
         LoaderOptions(caption_dropout=1.5).check()

@@ -55,7 +55,8 @@ def test_every_linear_of_the_blocks_is_stored_in_int8_and_nothing_else(tiny_mode
     assert counted.num_bytes == num_int8 + (others + num_scales) * dtype.itemsize
     stored = {name for name, module in base.named_modules() if hasattr(getattr(module, "weight", None), "_data")}
     assert stored == of_blocks
-    assert {base.get_submodule(name).weight._data.dtype for name in stored} == {torch.int8}
+    weights = [base.get_parameter(f"{name}.weight") for name in stored]
+    assert {getattr(weight, "_data").dtype for weight in weights} == {torch.int8}  # noqa: B009
 
 
 @pytest.mark.parametrize("quantization", ["int8", "none"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,17 @@ def options_of(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
     return train_options(cache, runs, **changes)
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, steps: int = STEPS) -> None:
     """The same figures (times apart), pictures, weights and optimizer, to the bit; whole, and nothing left over."""
     assert metrics(one) == metrics(other)
     assert content(one / "pictures") == content(other / "pictures")
     for run in (one, other):
-        assert (run / "controlnet").resolve() == (checkpoints.path_of(run, STEPS) / "controlnet").resolve()
+        assert (run / "controlnet").resolve() == (checkpoints.path_of(run, steps) / "controlnet").resolve()
         assert not list(run.rglob("*.part"))
-        assert checkpoints.newest(run) == checkpoints.path_of(run, STEPS)
+        assert checkpoints.newest(run) == checkpoints.path_of(run, steps)
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (one, other)]
-    assert names[0] == names[1] == [f"step-{STEPS - 3:08d}", f"step-{STEPS:08d}"]
-    files = [content(checkpoints.path_of(run, STEPS)) for run in (one, other)]
+    assert names[0] == names[1] == [f"step-{steps - 3:08d}", f"step-{steps:08d}"]
+    files = [content(checkpoints.path_of(run, steps)) for run in (one, other)]
     states = [json.loads(file.pop("state.json")) for file in files]
     assert files[0] == files[1]
     for state in states:
@@ -172,27 +171,6 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_from_the_checkpoint_bef
 # --- killed in a process of its own ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ForkServerContext]:
-    """Processes that begin with everything imported: forked from one that has computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        context.set_forkserver_preload(
-            [
-                __name__,
-                "bitsandbytes.optim",
-                "optimum.quanto",
-                "diffusers.models.controlnets.controlnet_flux",
-                "diffusers.models.transformers.transformer_flux",
-                "diffusers.models.autoencoders.autoencoder_kl",
-                "diffusers.schedulers.scheduling_flow_match_euler_discrete",
-            ]
-        )
-        started(context, time.sleep, 0).join()  # the imports are done when it ends
-        yield context
-
-
 def started(context: ForkServerContext, target: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
     process = context.Process(target=target, args=arguments)
     process.start()
@@ -219,34 +197,38 @@ def train_until_a_rename(options: TrainConfig, number: int, before: bool) -> Non
     sys.exit(train(options))
 
 
-def test_sigkill_at_ten_random_moments_changes_nothing(
-    processes: ForkServerContext, undisturbed: Callable[[str], Path], tiny_cache: Path, tmp_path: Path
-) -> None:
-    kind = "adamw8bit-bf16"
-    expected = undisturbed(kind)
-    began = time.perf_counter()
-    whole = started(processes, train_and_exit, options_of(tiny_cache, tmp_path / "whole", **KINDS[kind]))
-    whole.join()
-    seconds = time.perf_counter() - began
-    assert whole.exitcode == 0
-    assert_same_run(tmp_path / "whole" / "run", expected)
+def last_step(run: Path) -> int:
+    """The step of the last whole line of metrics.jsonl; -1 where there is none."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
 
-    draw, reached = random.Random(20), []
-    options = options_of(tiny_cache, tmp_path, **KINDS[kind])
-    for _ in range(10):
+
+def test_sigkill_at_ten_random_moments_changes_nothing(
+    processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
+) -> None:
+    steps, draw = 36, random.Random(20)
+    kills: list[int] = []
+    options = options_of(tiny_cache, tmp_path, steps=steps, **KINDS["adamw8bit-bf16"])
+    run, whole = tmp_path / "run", dataclasses.replace(options, name="whole")
+    while len(kills) < 10:
+        newest = checkpoints.newest(run)
+        reach = -1 if newest is None else checkpoints.step_of(newest)
+        reach += draw.randrange(0, 7)  # 0: as it starts
         process = started(processes, train_and_exit, options)
-        process.join(draw.uniform(0.1, 0.8) * seconds)
+        while last_step(run) < reach and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.06))
         process.kill()
         process.join()
-        assert process.exitcode in (-signal.SIGKILL, 0)  # 0: it was done before
-        newest = checkpoints.newest(tmp_path / "run")
-        reached.append(0 if newest is None else checkpoints.step_of(newest))
-    last = started(processes, train_and_exit, options)
-    last.join()
-    assert last.exitcode == 0
-    print(f"an undisturbed process took {seconds:.1f} s; the newest checkpoint after each kill: {reached}")
-    assert reached == sorted(reached)
-    assert_same_run(tmp_path / "run", expected)
+        assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed ten times"
+        kills.append(last_step(run))
+    for finished in (options, whole):
+        process = started(processes, train_and_exit, finished)
+        process.join()
+        assert process.exitcode == 0
+    print(f"the last figures at each kill were of the steps {kills}, of {steps}")
+    assert_same_run(run, tmp_path / "whole", steps)
 
 
 def test_a_kill_before_or_after_any_rename_changes_nothing(

@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_finite_names_the_step_s_samples_and_moves_nothin
 ) -> None:
     made = trainer_of(train_options(tiny_cache, tmp_path))
     weights = {name: p.detach().clone() for name, p in made.adapter.named_parameters()}
-    bias = made.adapter.controlnet.controlnet_blocks[0].bias
+    bias = made.adapter.controlnet.get_parameter("controlnet_blocks.0.bias")
     bias.register_hook(lambda gradient: gradient * torch.inf)
     with closing(iter(made.loader)) as steps:
         batches = next(steps)

@@ -63,7 +63,7 @@ def learned(trainer: Trainer) -> Trainer:
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.adapter.controlnet.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
     return trainer
 
 
