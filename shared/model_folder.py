@@ -65,15 +65,25 @@ class ModelFolder:
         return files
 
     def sha256(self, name: str) -> str:
-        """Digest of all that a component computes with: its configuration, vocabulary and weights, by content."""
+        """Digest of all that a component computes with: its configuration, vocabulary and weights, by content.
+
+        What a library notes in `config.json` about a saving (its version, the folder it was loaded from) is left out:
+        a model that is loaded and saved again computes the same.
+        """
         folder = self.component(name) if not name.startswith("tokenizer") else self.path / name
         if not folder.is_dir():
             raise UserError(f"model {self.name} has no folder '{name}'")
         running = hashlib.sha256()
         for file in sorted(folder.iterdir()):
             if any(file.match(pattern) for pattern in _PATTERNS):
-                running.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+                content = self._settings_sha256(name) if file.name == "config.json" else file_sha256(file)
+                running.update(f"{file.name}\0{content}\n".encode())
         return running.hexdigest()
+
+    def _settings_sha256(self, name: str) -> str:
+        notes = ("_name_or_path", "_diffusers_version", "transformers_version")
+        settings = {key: value for key, value in self.config(name).items() if key not in notes}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def tensor_names(self, name: str) -> list[str]:
         """The tensors in a component's weights, sorted."""

@@ -79,6 +79,16 @@ def test_one_changed_weight_changes_the_digest(model: ModelFolder) -> None:
     assert model.sha256("tokenizer") == tokenizer
 
 
+def test_what_a_library_notes_about_a_saving_is_not_part_of_a_components_digest(model: ModelFolder) -> None:
+    config = model.path / "vae" / "config.json"
+    settings = json.loads(config.read_text())
+    before = model.sha256("vae")
+    config.write_text(json.dumps({**settings, "_diffusers_version": "9.9", "_name_or_path": "elsewhere"}, indent=8))
+    assert model.sha256("vae") == before
+    config.write_text(json.dumps({**settings, "scaling_factor": 0.5}))
+    assert model.sha256("vae") != before
+
+
 def test_a_file_of_the_hub_s_cache_is_known_by_its_name_and_any_other_is_read(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     name = "a" * 64
