@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shared import atomic, families
 from shared.cache.reader import Cache
 from shared.config import to_dict
-from shared.errors import UserError
+from shared.errors import EXIT_REFUSED, UserError
 from shared.families.base import Batch, Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import component, components_table, progress, quiet_libraries, say, warn
@@ -69,8 +69,8 @@ def train(options: TrainConfig) -> int:
     accelerator = _accelerator(options)
     main = accelerator.is_main_process
     run = Run(Path(options.runs) / options.run_name)
-    with atomic.alone(run.folder, "training in") if main else nullcontext():
-        before = run.refuse_other(options, facts) if main else None
+    with ExitStack() as stack:
+        before, checkpoint = _begun_before(run, options, facts, accelerator, stack)
         loader = Loader(
             samples,
             options.loader,
@@ -79,7 +79,6 @@ def train(options: TrainConfig) -> int:
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
         )
-        checkpoint = _newest(run, accelerator)
         if checkpoint is not None:
             if main:
                 checkpoints.link(run.folder, checkpoint)  # a kill may have come between the two
@@ -116,13 +115,28 @@ def _accelerator(options: TrainConfig) -> Accelerator:
     )
 
 
-def _newest(run: Run, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to go on from. The main process looks; all processes take its answer."""
-    found = checkpoints.newest(run.folder) if accelerator.is_main_process else None
-    if accelerator.num_processes == 1:
-        return found
-    step = broadcast(torch.tensor(-1 if found is None else checkpoints.step_of(found), device=accelerator.device))
-    return checkpoints.path_of(run.folder, int(step.item())) if step >= 0 else None
+def _begun_before(
+    run: Run, options: TrainConfig, facts: dict[str, Any], accelerator: Accelerator, stack: ExitStack
+) -> tuple[dict[str, Any] | None, Path | None]:
+    """The options of the run's last start, and the checkpoint to go on from. The main process takes hold of the folder
+    and looks; all take its answer, and where it refuses they end without a word, for it has said why."""
+    nothing, refused = -1, -2
+    step, before, refusal = nothing, None, None
+    if accelerator.is_main_process:
+        try:
+            stack.enter_context(atomic.alone(run.folder, "training in"))
+            before = run.refuse_other(options, facts)
+            if (found := checkpoints.newest(run.folder)) is not None:
+                step = checkpoints.step_of(found)
+        except UserError as error:
+            step, refusal = refused, error
+    if accelerator.num_processes > 1:
+        step = int(broadcast(torch.tensor(step, device=accelerator.device)).item())
+    if refusal is not None:
+        raise refusal
+    if step == refused:
+        raise SystemExit(EXIT_REFUSED)
+    return before, None if step == nothing else checkpoints.path_of(run.folder, step)
 
 
 def _warn(

@@ -138,6 +138,18 @@ def test_a_signal_to_one_process_stops_and_saves_both(
     assert metrics(tmp_path / "run")[-1]["step"] == checkpoints.step_of(newest)
 
 
+def test_another_experiment_is_refused_by_one_process_in_one_sentence_and_the_other_ends_in_silence(
+    processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
+) -> None:
+    assert train(train_options(tiny_cache, tmp_path, steps=1)) == 0
+    both = started(processes, train_options(tiny_cache, tmp_path, seed=4), tmp_path / "ranks")
+    assert exit_codes(both, tmp_path / "ranks") == [2, 2]
+    said = [(tmp_path / "ranks" / f"stderr-{rank}").read_text() for rank in (0, 1)]
+    assert said[0].count("\n") == 1
+    assert "holds another experiment (seed was 0, is 4)" in said[0]
+    assert said[1] == ""
+
+
 def test_a_loss_that_is_not_finite_on_one_process_stops_both_and_both_name_the_sample(
     processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
 ) -> None:
