@@ -45,7 +45,7 @@ class Flux(Family):
             Field("pooled_prompt_embeds", "as encoded", "P", "CLIP's pooled output of 77 tokens; P = 768 for FLUX.1-dev"),
         ), shard_rows=4096),
         LayerKind("t5", "caption", ("text_encoder_2", "tokenizer_2"), (
-            Field("prompt_embeds", "as encoded", "L D", "T5's output, D = 4096 for FLUX.1-dev; no mask is applied: padding is content"),
+            Field("prompt_embeds", "as encoded", "L D", "T5's output, D = 4096 for FLUX.1-dev; unmasked: padding is content"),
         ), shard_rows=64),
     )  # fmt: skip
 
