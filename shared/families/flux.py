@@ -42,10 +42,10 @@ class Flux(Family):
             Field(f.name, f.dtype, f"R {f.shape}", f"{f.meaning}; R drawings of the sample") for f in _MOMENTS
         ), shard_rows=256),
         LayerKind("clip", "caption", ("text_encoder", "tokenizer"), (
-            Field("pooled_prompt_embeds", "as encoded", "P", "CLIP's pooled output of 77 tokens; P = 768 for FLUX.1-dev"),
+            Field("pooled_prompt_embeds", "as encoded", "P", "CLIP's pooled output of 77 tokens; FLUX.1-dev: P = 768"),
         ), shard_rows=4096),
         LayerKind("t5", "caption", ("text_encoder_2", "tokenizer_2"), (
-            Field("prompt_embeds", "as encoded", "L D", "T5's output, D = 4096 for FLUX.1-dev; unmasked: padding is content"),
+            Field("prompt_embeds", "as encoded", "L D", "T5's output with padding, unmasked; FLUX.1-dev: D = 4096"),
         ), shard_rows=64),
     )  # fmt: skip
 

@@ -273,7 +273,7 @@ def test_closing_ends_the_thread_also_when_it_has_an_error_to_tell_and_no_room_f
     make = Loader.make
 
     def breaks(self: Loader, position: int) -> Batch:
-        if position == 3:
+        if position == 2:  # the first was taken, the second fills the queue
             raise CacheError("nobody will hear this")
         return make(self, position)
 
