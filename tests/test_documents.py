@@ -73,11 +73,24 @@ def test_every_recipe_is_accepted(stage: str, recipe: Path, capsys: pytest.Captu
 
 
 def test_make_alone_prints_help_and_targets_call_the_stages() -> None:
-    printed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "make demo" in printed
     assert "DEPTH=2-4" in printed
     planned = subprocess.run(
-        ["make", "-n", "-o", ".venv/.installed", "train", "CACHE=c d", "DEPTH=5-10", "NAME=big", "STEPS=3"],
+        [
+            "make",
+            "--no-print-directory",
+            "-n",
+            "-o",
+            ".venv/.installed",
+            "train",
+            "CACHE=c d",
+            "DEPTH=5-10",
+            "NAME=big",
+            "STEPS=3",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
