@@ -48,7 +48,7 @@ preprocess: $(INSTALLED)
 		$(call option,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution) $(ARGS)
 
 train: $(INSTALLED)
-	@$(if $(filter-out 1,$(or $(GPUS),1)),$(VENV)/bin/accelerate launch --num_processes $(GPUS) -m,$(RUN_PYTHON) -m) train \
+	@$(if $(filter-out 1,$(or $(GPUS),1)),$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m,$(RUN_PYTHON) -m) train \
 		$(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,NAME,name) $(call option,MODEL,model) \
 		$(call option,CONDITION,condition) $(call option,STEPS,steps) $(ARGS)
 
