@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from examples.demo import DemoConfig
 from preprocess.config import PreprocessConfig
 from shared.config import field_names, load
 from train.config import TrainConfig
@@ -34,7 +35,7 @@ def test_every_make_command_in_the_readme_is_a_target() -> None:
 def test_every_option_in_the_readme_exists() -> None:
     known = {
         name.replace("_", "-")
-        for config in (PreprocessConfig, TrainConfig, SampleConfig)
+        for config in (PreprocessConfig, TrainConfig, SampleConfig, DemoConfig)
         for name in field_names(config)
     }
     named = {word for code in INLINE for word in re.findall(r"--([a-z][a-z0-9.-]*)", code)}
