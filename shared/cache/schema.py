@@ -227,7 +227,9 @@ def read_table(path: Path, stated: str | None = None) -> pa.Table:
     if stated is not None and checksum(data) != stated:
         raise CacheError(f"{path} was altered: it does not have the checksum that the cache states; {MEND}")
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        # Without Arrow's threads: a process that ends soon after they were started may abort ("terminate called
+        # without an active exception", one exit in five on two busy cores), and the tables are small.
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         own = metadata.pop(_ROWS_CHECKSUM, None)
         sound = stated is not None or own == _rows_checksum(table, metadata)

@@ -255,6 +255,23 @@ print(json.dumps({"bytes": resident_bytes() - before, "seconds": seconds, "rows"
 """
 
 
+def test_reading_a_table_starts_no_threads_that_could_abort_the_process_at_its_end(tmp_path: Path) -> None:
+    table = schema.captions_table([schema.Caption.of(str(i)) for i in range(1000)])
+    stated = schema.write_table(tmp_path / "captions.parquet", table)
+    program = (
+        "import os, sys; from pathlib import Path; from shared.cache import schema\n"
+        "threads = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = threads(); schema.read_table(Path(sys.argv[1]), sys.argv[2]); print(threads() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "captions.parquet"), stated],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "0"
+
+
 def test_a_hundred_thousand_samples_would_open_in_seconds_and_less_than_500_mb(tmp_path: Path) -> None:
     # A few of them, in five layers with shards as long as FLUX's: the budget is as much smaller.
     texts = [f"a picture of thing number {i} on a table, in the evening light" for i in range(NUM_SAMPLES)]
