@@ -239,7 +239,7 @@ def test_more_shards_than_a_process_may_have_open_files(tmp_path: Path) -> None:
 NUM_SAMPLES = 6_000
 
 OPEN = """
-import json, sys, time
+import json, sys
 from pathlib import Path
 from shared.cache.reader import Cache
 def resident_bytes():
@@ -248,10 +248,9 @@ def open_all(path):
     cache = Cache(Path(path))
     return [cache.layer(name) for name in cache.layer_names]
 open_all(sys.argv[2])  # what Arrow and Python take for any cache at all
-before, began = resident_bytes(), time.perf_counter()
+before = resident_bytes()
 layers = open_all(sys.argv[1])
-seconds = time.perf_counter() - began
-print(json.dumps({"bytes": resident_bytes() - before, "seconds": seconds, "rows": len(layers[0]._rows)}))
+print(json.dumps({"bytes": resident_bytes() - before, "rows": len(layers[0]._rows)}))
 """
 
 
@@ -272,7 +271,7 @@ def test_reading_a_table_starts_no_threads_that_could_abort_the_process_at_its_e
     assert done.stdout.strip() == "0"
 
 
-def test_a_hundred_thousand_samples_would_open_in_seconds_and_less_than_500_mb(tmp_path: Path) -> None:
+def test_a_hundred_thousand_samples_would_open_in_less_than_500_mb(tmp_path: Path) -> None:
     # A few of them, in five layers with shards as long as FLUX's: the budget is as much smaller.
     texts = [f"a picture of thing number {i} on a table, in the evening light" for i in range(NUM_SAMPLES)]
     captions = [Caption.of(""), *map(Caption.of, texts)]
@@ -307,4 +306,3 @@ def test_a_hundred_thousand_samples_would_open_in_seconds_and_less_than_500_mb(t
     assert found["rows"] == NUM_SAMPLES
     # 4 KB each, and what the allocators take in advance.
     assert found["bytes"] < 4000 * NUM_SAMPLES + 25e6, found
-    assert found["seconds"] < 10, found
