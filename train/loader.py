@@ -87,7 +87,7 @@ class CachedSamples:
         """The recipe of each layer, under the family's name for it."""
         return {name: layer.summary.recipe for name, (_, layer) in self.layers.items()}
 
-    @property
+    @cached_property  # asked for with every sample of every batch
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """ "layer.field" -> shape of one sample's tensor, read from the first sample."""
         sample = self.samples[0]
