@@ -133,7 +133,7 @@ class _Stage:
             drawing = self._drawing_work(name)
             by_reads["condition"].append(drawing)
             for kind in self._condition_kinds():
-                by_reads["condition"].append(self._work(kind, _layer_name(kind, name), drawing.reads, drawing))
+                by_reads["condition"].append(self._work(kind, kind.name_in_cache(name), drawing.reads, drawing))
         return [*by_reads["image"], *by_reads["condition"], *by_reads["caption"]]
 
     def _recipe(self, name: str, rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,7 +340,7 @@ class _Stage:
             return {}
         kept = {}
         for condition in sorted(set(conditions.names()) & set(before) - set(self.options.condition)):
-            names = [condition, *(_layer_name(kind, condition) for kind in self._condition_kinds())]
+            names = [condition, *(kind.name_in_cache(condition) for kind in self._condition_kinds())]
             try:
                 reason = self._unfit(condition, before)
                 if reason is None:
@@ -361,7 +361,7 @@ class _Stage:
         drawings = layers[condition]["fingerprint"]
         expected = {condition: drawings}
         for kind in self._condition_kinds():
-            name = _layer_name(kind, condition)
+            name = kind.name_in_cache(condition)
             expected[name] = schema.fingerprint(self._encoder_recipe(kind, name, drawings))
         for name, fingerprint in expected.items():
             folder = self.cache / layers[name]["folder"]
@@ -420,11 +420,6 @@ class _Stage:
         for source, reason in sorted(set(lost.values())):
             warn(f"  {source}: {reason}")
         return EXIT_INCOMPLETE
-
-
-def _layer_name(kind: LayerKind, condition: str) -> str:
-    """`condition_latents` of the family's words -> `lineart_latents`."""
-    return kind.name.replace("condition", condition)
 
 
 def _remove_parts(cache: Path) -> None:

@@ -63,7 +63,7 @@ class CachedSamples:
                 f"Add it: make preprocess DATA=... CACHE={cache.path} CONDITION={condition}"
             )
         self.layers: dict[str, tuple[LayerKind, Layer]] = {
-            kind.name: (kind, cache.layer(layer_name(kind, condition))) for kind in family.layers
+            kind.name: (kind, cache.layer(kind.name_in_cache(condition))) for kind in family.layers
         }
         by_rows: dict[str, list[Layer]] = {"samples": [], "captions": []}
         for kind, layer in self.layers.values():
@@ -133,11 +133,6 @@ class CachedSamples:
         assert height is not None
         assert width is not None
         return Batch(keys=[sample.key for sample in chosen], height=height, width=width, tensors=tensors)
-
-
-def layer_name(kind: LayerKind, condition: str) -> str:
-    """The cache's name of a family's layer: `condition_latents` of canny is `canny_latents`."""
-    return kind.name.replace("condition", condition) if kind.reads == "condition" else kind.name
 
 
 class Loader:

@@ -41,6 +41,10 @@ class LayerKind:
         """What the layer has one member for."""
         return "captions" if self.reads == "caption" else "samples"
 
+    def name_in_cache(self, condition: str) -> str:
+        """What this layer is called in a cache: `condition_latents` of canny is `canny_latents`."""
+        return self.name.replace("condition", condition) if self.reads == "condition" else self.name
+
 
 @dataclass
 class Batch:
