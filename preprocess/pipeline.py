@@ -22,8 +22,8 @@ from preprocess.config import PreprocessConfig
 from preprocess.encode import Produce
 from shared import atomic, families
 from shared.cache import schema, writer
-from shared.cache.reader import Layer, LayerSummary, wanted
-from shared.cache.schema import Field, Reads, Sample, Shard
+from shared.cache.reader import Layer, LayerSummary, open_layer, wanted
+from shared.cache.schema import Field, Reads, Sample
 from shared.errors import EXIT_INCOMPLETE, UserError
 from shared.families.base import Family, LayerKind
 from shared.model_folder import ModelFolder, resolve
@@ -212,12 +212,12 @@ class _Stage:
 
     def _layer(self, work: Work) -> Layer:
         """A layer that was just completed, opened for reading."""
-        shards: list[Shard] = [shard for shard, _ in writer.finished_shards(work.folder)]
+        shards = list(writer.finished_shards(work.folder))
         summary = LayerSummary(
             name=work.name, folder=work.folder.name, reads=work.reads, fingerprint=work.fingerprint,
-            recipe=work.recipe, fields=work.fields, shards=tuple(shards),
+            recipe=work.recipe, fields=work.fields, shards=tuple(shard for shard, _ in shards),
         )  # fmt: skip
-        return Layer(work.folder, summary, self._wanted(work.reads))
+        return open_layer(work.folder, summary, shards, self._wanted(work.reads))
 
     def _wanted(self, reads: Reads) -> dict[str, str]:
         if reads not in self._inputs:

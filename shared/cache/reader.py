@@ -1,4 +1,4 @@
-"""Read a cache: accepted for good when it is opened or refused in one sentence; then any sample, by key, in any order.
+"""Read a cache: accepted for good when it is opened or refused in one sentence; then any sample, by key or by number.
 
 Tensors come straight out of the memory-mapped tar: a view of the file's pages, no copy, no parsing but of the
 member's small header. Each member's checksum is verified the first time this process reads it.
@@ -7,17 +7,21 @@ member's small header. Each member's checksum is verified the first time this pr
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
-from shared.cache import schema
-from shared.cache.schema import CacheError, Caption, Field, Reads, Sample, Shard
+from shared.cache import index, schema
+from shared.cache.index import Place, Places, SampleIndex
+from shared.cache.schema import CacheError, Caption, Field, Reads, Sample, Shard, wanted
 from shared.errors import nearest
 
 SAFETENSORS = "safetensors"
@@ -42,15 +46,6 @@ _DTYPES = {
 }
 
 
-class Place(NamedTuple):
-    """Where a member is: shard name, offset and length in its tar in bytes, checksum."""
-
-    shard: str
-    offset: int
-    length: int
-    checksum: str
-
-
 @dataclass(frozen=True)
 class LayerSummary:
     """What `layer.json` says: enough to choose a layer without opening it."""
@@ -68,99 +63,150 @@ class Layer:
     """One layer of an opened cache, its shards mapped when first read. Threads may share it; a process that is given
     one maps the shards anew."""
 
-    def __init__(self, folder: Path, summary: LayerSummary, wanted: Mapping[str, str]) -> None:
-        """`wanted` maps each key to the digest of its input; anything else in the shards is not looked at.
+    def __init__(
+        self, folder: Path, summary: LayerSummary, places: Places, numbers: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """`places` by number, `numbers` from key to number.
 
-        Raises `CacheError` where a shard is missing or has another size, or a wanted sample is in no shard.
+        Raises `CacheError` where a shard is missing or has another size, or a row is in no shard.
         """
-        self.folder, self.summary = folder, summary
-        # Indexes of a hundred thousand samples as Python objects would be hundreds of MB: the columns stay Arrow's,
-        # and a key maps to the numbers of its rows.
-        self._rows: dict[str, list[int] | None] = dict.fromkeys(wanted)
-        self._starts: list[int] = []
-        """The number of each shard's first row."""
-        self._maps: dict[str, memoryview] = {}
-        errors: dict[str, str] = {}
-        columns = [schema.INDEX_TABLE.empty_table().select(_PLACE)]
-        start = 0
-        for shard in summary.shards:
-            index = self._index(shard)
-            self._starts.append(start)
-            self._find(index, start, wanted, errors)
-            columns.append(index.select(_PLACE).replace_schema_metadata())
-            start += len(index)
-        places = pa.concat_tables(columns)
-        self._places = [places[name].combine_chunks() for name in _PLACE]
-        self._verified = bytearray(start)
-        """By row: 1 once this process has compared the member with its checksum."""
-        self.errors = {key: reason for key, reason in errors.items() if self._rows[key] is None}
-        """Samples that have nothing in this layer, with the reason."""
-        absent = [key for key, rows in self._rows.items() if rows is None and key not in self.errors]
-        if absent:
+        self.folder, self.summary, self.places, self._numbers = folder, summary, places, numbers
+        self._maps: dict[int, memoryview] = {}
+        self._indexes: dict[int, dict[str, list[dict[str, Any]]]] = {}
+        self._verified_drawings: set[tuple[int, str]] = set()
+        self._lock = threading.Lock()
+        self._shards = {int(shard.name): shard for shard in summary.shards}
+        self._drawings = any(field.name.endswith(".png") for field in summary.fields)
+        self._check_tars()
+        self.verified = np.zeros(len(places), np.bool_)
+        """By number: whether this process has compared the row's first member with its checksum."""
+        absent = np.flatnonzero(places.shard < 0)
+        if len(absent):
+            first = next(key for key, number in numbers().items() if number == absent[0])
             raise CacheError(
-                f"layer '{summary.name}' of {folder.parent} has nothing for {len(absent)} of {len(wanted)} rows "
-                f"(first: {absent[0]}); {schema.MEND}"
+                f"layer '{summary.name}' of {folder.parent} has nothing for {len(absent)} of {len(places)} rows "
+                f"(first: {first}); {schema.MEND}"
             )
 
-    def _index(self, shard: Shard) -> pa.Table:
-        tar = self.folder / f"{shard.name}.tar"
-        if not tar.is_file():
-            raise CacheError(f"{tar} is missing; {schema.MEND}")
-        if (size := tar.stat().st_size) != shard.tar_bytes:
-            raise CacheError(f"{tar} has {size} bytes instead of {shard.tar_bytes}; {schema.MEND}")
-        return schema.read_table(self.folder / f"{shard.name}.parquet", shard.index_checksum)
+    def _check_tars(self) -> None:
+        sizes = {}
+        if self.folder.is_dir():
+            with os.scandir(self.folder) as entries:
+                sizes = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
+        for shard in self.summary.shards:
+            tar = f"{shard.name}.tar"
+            if tar not in sizes:
+                raise CacheError(f"{self.folder / tar} is missing; {schema.MEND}")
+            if sizes[tar] != shard.tar_bytes:
+                raise CacheError(
+                    f"{self.folder / tar} has {sizes[tar]} bytes instead of {shard.tar_bytes}; {schema.MEND}"
+                )
 
-    def _find(self, index: pa.Table, start: int, wanted: Mapping[str, str], errors: dict[str, str]) -> None:
-        columns = (index[name].to_pylist() for name in ("key", "input", "status", "error"))
-        for row, (key, input_digest, status, error) in enumerate(zip(*columns, strict=True), start):
-            if wanted.get(key) != input_digest:
-                continue  # a removed sample, or an earlier state of this one
-            if status == "error":
-                errors[key] = error
-            elif (rows := self._rows[key]) is None:
-                self._rows[key] = [row]
-            else:
-                rows.append(row)
+    # By number: what training asks for with every sample
+
+    def tar_path(self, shard: int) -> Path:
+        """The tar of a shard on this machine."""
+        return self.folder / f"{schema.shard_name(shard)}.tar"
+
+    def shard(self, number: int) -> Shard:
+        """What `layer.json` says of a shard."""
+        return self._shards[number]
+
+    def read_row(self, number: int) -> memoryview:
+        """The bytes of a row's first member, not copied. Raises `CacheError` if they are not the ones that were
+        written, `KeyError` where the layer has nothing for the row."""
+        if self.places.length[number] < 0:
+            raise KeyError(number)
+        place = self.places.place(number)
+        view = self._map(int(self.places.shard[number]))[place.offset : place.offset + place.length]
+        if not self.verified[number]:
+            if schema.checksum(view) != place.checksum:
+                raise self.altered(number)
+            self.verified[number] = True
+        return view
+
+    def altered(self, number: int, place: Place | None = None) -> CacheError:
+        """The refusal of a row whose bytes are not the ones that were written."""
+        place = place or self.places.place(number)
+        return CacheError(
+            f"sample '{self._key(number)}' of layer '{self.summary.name}' was altered on disk "
+            f"({self.folder / place.shard}.tar at byte {place.offset}); run `make verify` to see what else is, and "
+            "`make repair` to encode again what is damaged."
+        )
+
+    def _key(self, number: int) -> str:
+        return next(key for key, other in self._numbers().items() if other == number)
+
+    @property
+    def num_errors(self) -> int:
+        """Rows that the layer has nothing for."""
+        return int(np.count_nonzero(self.places.length < 0))
+
+    # By key: for people, pictures and stage 1
 
     def __contains__(self, key: str) -> bool:
-        return self._rows.get(key) is not None
+        number = self._numbers().get(key)
+        return number is not None and bool(self.places.length[number] >= 0)
+
+    @cached_property
+    def errors(self) -> dict[str, str]:
+        """Samples that have nothing in this layer, with the reason."""
+        lost = set(np.flatnonzero(self.places.length < 0).tolist())
+        keys = [key for key, number in self._numbers().items() if number in lost] if lost else []
+        found = {}
+        for key in keys:
+            rows = self._index(int(self.places.shard[self._numbers()[key]])).get(key, [])
+            found[key] = next((row["error"] for row in rows if row["status"] == "error"), "unknown")
+        return found
 
     def members(self, key: str) -> dict[str, Place]:
         """Suffix to place of everything that is stored for this key. Raises `KeyError` where there is nothing."""
-        return {member: place for member, (_, place) in self._members(key).items()}
-
-    def _members(self, key: str) -> dict[str, tuple[int, Place]]:
-        rows = self._rows[key]
-        if rows is None:
+        number = self._numbers()[key]
+        if self.places.length[number] < 0:
             raise KeyError(key)
-        found = {}
-        for row in rows:
-            member, offset, length, checksum = (column[row].as_py() for column in self._places)
-            shard = self.summary.shards[bisect_right(self._starts, row) - 1]
-            found[member] = row, Place(shard.name, offset, length, checksum)
-        return found
+        shard = int(self.places.shard[number])
+        first = self.places.place(number)
+        rows = [row for row in self._index(shard).get(key, []) if row["status"] == "ok"]
+        # The key may be there with another input, an earlier state of the sample: its members lie elsewhere.
+        begin = next(row["input"] for row in rows if row["offset"] == first.offset)
+        name = schema.shard_name(shard)
+        return {
+            row["member"]: Place(name, row["offset"], row["length"], row["checksum"])
+            for row in rows
+            if row["input"] == begin
+        }
 
     def read(self, key: str, member: str = SAFETENSORS) -> memoryview:
         """The bytes of a member, not copied. Raises `CacheError` if they are not the ones that were written."""
-        row, place = self._members(key)[member]
-        view = self._map(place.shard)[place.offset : place.offset + place.length]
-        if not self._verified[row]:
+        number = self._numbers()[key]
+        if member == SAFETENSORS and not self._drawings:
+            return self.read_row(number)
+        place = self.members(key)[member]
+        view = self._map(int(self.places.shard[number]))[place.offset : place.offset + place.length]
+        if (number, member) not in self._verified_drawings:
             if schema.checksum(view) != place.checksum:
-                raise CacheError(
-                    f"sample '{key}' of layer '{self.summary.name}' was altered on disk "
-                    f"({self.folder / place.shard}.tar at byte {place.offset}); run `make verify` to see what else is, "
-                    "remove the damaged .tar, and run the same `make preprocess` again."
-                )
-            self._verified[row] = 1
+                raise self.altered(number, place)
+            self._verified_drawings.add((number, member))
         return view
 
     def tensors(self, key: str) -> dict[str, torch.Tensor]:
         """The tensors stored for this key, views of the mapped file: copy before writing to them."""
         return parse_safetensors(self.read(key))
 
-    def _map(self, shard: str) -> memoryview:
+    def _index(self, shard: int) -> dict[str, list[dict[str, Any]]]:
+        """Key to rows of a shard's Parquet index. One shard's is kept: keys are asked for in order."""
+        with self._lock:
+            if shard not in self._indexes:
+                path = self.folder / f"{schema.shard_name(shard)}.parquet"
+                by_key: dict[str, list[dict[str, Any]]] = {}
+                for row in schema.read_table(path, self._shards[shard].index_checksum).to_pylist():
+                    by_key.setdefault(row["key"], []).append(row)
+                self._indexes = {shard: by_key}
+            return self._indexes[shard]
+
+    def _map(self, shard: int) -> memoryview:
         if shard not in self._maps:
-            tar = self.folder / f"{shard}.tar"
+            tar = self.tar_path(shard)
             # torch's map and not Python's, which keeps a file open for each: thousands of shards would be too many.
             # Private: what were written to a tensor would not reach the file.
             mapped = torch.from_file(str(tar), shared=False, size=tar.stat().st_size, dtype=torch.uint8)
@@ -168,17 +214,28 @@ class Layer:
         return self._maps[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        numbers = dict(self._numbers())
+        return {**self.__dict__, "_maps": {}, "_indexes": {}, "_lock": None, "_numbers": numbers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        numbers = state.pop("_numbers")
+        self.__dict__.update(state, _lock=threading.Lock(), _numbers=lambda: numbers)
 
 
-_PLACE = ["member", "offset", "length", "checksum"]
+def open_layer(
+    folder: Path, summary: LayerSummary, shards: Iterable[tuple[Shard, pa.Table]], wanted: Mapping[str, str]
+) -> Layer:
+    """A layer by its shards' own indexes, for rows `wanted` (key to input): what stage 1 reads before it publishes."""
+    places = Places.find(((int(shard.name), table) for shard, table in shards), list(wanted), list(wanted.values()))
+    numbers = {key: number for number, key in enumerate(wanted)}
+    return Layer(folder, summary, places, lambda: numbers)
 
 
 class Cache:
     """An opened cache: what it is, its samples and captions, and its layers."""
 
     def __init__(self, path: Path) -> None:
-        """Open and check everything but the tensors' own bytes. Raises `CacheError`, one sentence, if it is unfit."""
+        """Open and check all that training looks things up in. Raises `CacheError`, one sentence, if it is unfit."""
         self.path = path
         if not path.is_dir():
             raise CacheError(f"no such cache: {path}. Make one: make preprocess DATA=... CACHE={path}")
@@ -195,11 +252,27 @@ class Cache:
                 f"{path} has cache schema version {version}, this code reads {schema.SCHEMA_VERSION}; "
                 "use the version of Underdrawing that made it, or preprocess again into another folder."
             )
-        sums = {name: self.manifest[name]["checksum"] for name in ("samples", "captions")}
-        self.samples = {s.key: s for s in schema.read_samples(path / schema.SAMPLES, sums["samples"])}
-        self.captions = {c.id: c for c in schema.read_captions(path / schema.CAPTIONS, sums["captions"])}
+        self.index = SampleIndex(
+            *(self._mapped(name, self.manifest[name]["index_checksum"]) for name in ("samples", "captions"))
+        )
+        """The samples and captions by number."""
         self._layers: dict[str, Layer] = {}
         self._wanted: dict[Reads, dict[str, str]] = {}
+
+    def _mapped(self, what: str, checksum: str) -> pa.Table:
+        return index.open_mapped(self.path / index.name_of(what), checksum)
+
+    @cached_property
+    def samples(self) -> dict[str, Sample]:
+        """Key to sample, those that could not be used too. Read when first asked for: an object for each."""
+        stated = self.manifest["samples"]["checksum"]
+        return {sample.key: sample for sample in schema.read_samples(self.path / schema.SAMPLES, stated)}
+
+    @cached_property
+    def captions(self) -> dict[str, Caption]:
+        """Id to caption. Read when first asked for: an object for each."""
+        stated = self.manifest["captions"]["checksum"]
+        return {caption.id: caption for caption in schema.read_captions(self.path / schema.CAPTIONS, stated)}
 
     @property
     def family(self) -> str:
@@ -247,7 +320,11 @@ class Cache:
         """A layer, opened for every sample (or caption) of this cache; once, however often it is asked for."""
         if name not in self._layers:
             summary = self.summary(name)
-            self._layers[name] = Layer(self.path / summary.folder, summary, self.wanted(summary.reads))
+            places = Places.of(self._mapped(name, self.manifest["layers"][name]["index_checksum"]))
+            numbers = self.index
+            self._layers[name] = Layer(
+                self.path / summary.folder, summary, places, lambda: numbers.numbers(summary.reads)
+            )
         return self._layers[name]
 
     def wanted(self, reads: Reads) -> dict[str, str]:
@@ -255,13 +332,6 @@ class Cache:
         if reads not in self._wanted:
             self._wanted[reads] = wanted(reads, self.samples.values(), self.captions.values())
         return self._wanted[reads]
-
-
-def wanted(reads: Reads, samples: Iterable[Sample], captions: Iterable[Caption]) -> dict[str, str]:
-    """Key to input digest of every row that a layer must have: all sound samples, or all captions."""
-    if reads == "caption":
-        return {caption.id: caption.id for caption in captions}
-    return {sample.key: sample.input(reads) for sample in samples if sample.status == "ok"}
 
 
 def parse_safetensors(data: memoryview) -> dict[str, torch.Tensor]:
@@ -296,4 +366,7 @@ def usable(samples: Iterable[Sample], layers: Iterable[Layer], caption_layers: I
     ]
 
 
-__all__ = ["SAFETENSORS", "Cache", "CacheError", "Caption", "Layer", "LayerSummary", "parse_safetensors", "usable"]
+__all__ = [
+    "SAFETENSORS", "Cache", "CacheError", "Caption", "Layer", "LayerSummary", "Place", "Places", "SampleIndex",
+    "open_layer", "parse_safetensors", "usable", "wanted",
+]  # fmt: skip

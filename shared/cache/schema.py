@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from shared import atomic
 from shared.errors import UserError
 
 FORMAT = "underdrawing cache"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised by one whenever a reader of the old version would misread the new one."""
 
 MANIFEST = "cache.json"
@@ -46,6 +46,7 @@ SAMPLES_TABLE = pa.schema(
         ("captions", pa.list_(pa.string())),
         ("status", pa.string()),
         ("error", pa.string()),
+        ("caption_weights", pa.list_(pa.float32())),
     ]
 )
 CAPTIONS_TABLE = pa.schema([("id", pa.string()), ("text", pa.string())])
@@ -98,6 +99,8 @@ class Sample:
     status: Literal["ok", "error"]
     error: str | None
     """Why this sample is not part of the cache, in words."""
+    caption_weights: tuple[float, ...] = ()
+    """How often each caption is drawn, relative to the others; empty where all weigh the same."""
 
     def input(self, reads: Reads) -> str:
         """Digest of all that this sample's bytes in a layer depend on beside the recipe: the file and its placement."""
@@ -140,6 +143,13 @@ class Shard:
     tar_bytes: int
     tar_checksum: str
     index_checksum: str
+
+
+def wanted(reads: Reads, samples: Iterable[Sample], captions: Iterable[Caption]) -> dict[str, str]:
+    """Key to input digest of every row that a layer must have: all sound samples, or all captions."""
+    if reads == "caption":
+        return {caption.id: caption.id for caption in captions}
+    return {sample.key: sample.input(reads) for sample in samples if sample.status == "ok"}
 
 
 def canonical(value: Any) -> bytes:
@@ -233,7 +243,7 @@ def read_table(path: Path, stated: str | None = None) -> pa.Table:
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         own = metadata.pop(_ROWS_CHECKSUM, None)
         sound = stated is not None or own == _rows_checksum(table, metadata)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:  # TypeError: texts that have become bytes
         raise CacheError(f"{path} is damaged ({str(error).splitlines()[0]}); {MEND}") from error
     if not sound:
         raise CacheError(f"{path} was altered: its rows do not have their own checksum; {MEND}")
@@ -279,6 +289,7 @@ def read_samples(path: Path, stated: str | None = None) -> list[Sample]:
     once: dict[str, str] = {}
     columns["placement"] = [text and once.setdefault(text, text) for text in columns["placement"]]
     columns["captions"] = [tuple(once.setdefault(text, text) for text in texts) for texts in columns["captions"]]
+    columns["caption_weights"] = [tuple(weights) for weights in columns["caption_weights"]]
     for name in ("split", "status"):
         columns[name] = [sys.intern(text) for text in columns[name]]
     return [Sample(*row) for row in zip(*columns.values(), strict=True)]

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.cache import schema
+from shared.cache import index, schema
 from shared.cache.reader import Cache, CacheError, LayerSummary
 from shared.errors import UserError, run_command_line
 from shared.report import progress
@@ -47,6 +47,12 @@ def verify(path: Path) -> Verdict:
         verdict.problems.append(str(error))
         return verdict
     listed = [path / name for name in (schema.MANIFEST, schema.SAMPLES, schema.CAPTIONS)]
+    listed += [path / index.name_of(name) for name in ("samples", "captions", *cache.layer_names)]
+    for name in ("samples", "captions"):
+        try:
+            getattr(cache, name)
+        except CacheError as error:
+            verdict.problems.append(str(error))
     shards: list[tuple[LayerSummary, schema.Shard]] = []
     for name in cache.layer_names:
         try:
@@ -56,7 +62,7 @@ def verify(path: Path) -> Verdict:
             continue
         listed.append(path / summary.folder / schema.LAYER)
         shards += [(summary, shard) for shard in summary.shards]
-    verdict.num_bytes = sum(file.stat().st_size for file in listed)
+    verdict.num_bytes = sum(file.stat().st_size for file in listed if file.is_file())
     damaged_layers = set()
     with progress(total=sum(shard.tar_bytes for _, shard in shards), unit="B", title="verify") as bar:
         for summary, shard in shards:

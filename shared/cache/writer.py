@@ -20,7 +20,7 @@ import pyarrow as pa
 import xxhash
 
 from shared import atomic
-from shared.cache import schema
+from shared.cache import index, schema
 from shared.cache.schema import Caption, Field, Reads, Sample, Shard
 
 
@@ -227,21 +227,46 @@ def publish(
     layers: Mapping[str, Mapping[str, Any]],
     **facts: Any,
 ) -> None:
-    """Write `samples.parquet`, `captions.parquet` and last, in one rename, `cache.json`: from now on a reader sees the
-    new cache. `layers` maps names to what `publish_layer` gave; `facts` go into the manifest as they are."""
+    """Write `samples.parquet`, `captions.parquet`, the indexes and last, in one rename, `cache.json`: from now on a
+    reader sees the new cache. `captions` begin with the empty one. `layers` maps names to what `publish_layer` gave;
+    `facts` go into the manifest as they are. Raises `CacheError` where a layer lacks a row."""
+    ordered = index.in_order(samples)
+    (cache / index.FOLDER).mkdir(exist_ok=True)
     tables = {
         "samples": {
             "rows": len(samples),
             "errors": sum(sample.status == "error" for sample in samples),
             "checksum": schema.write_table(cache / schema.SAMPLES, schema.samples_table(samples)),
+            "index_checksum": index.write(cache / index.name_of("samples"), index.samples_table(ordered, captions)),
         },
         "captions": {
             "rows": len(captions),
             "checksum": schema.write_table(cache / schema.CAPTIONS, schema.captions_table(captions)),
+            "index_checksum": index.write(cache / index.name_of("captions"), index.captions_table(captions)),
         },
     }
+    entries = {
+        name: {**entry, "index_checksum": _publish_places(cache, name, entry["folder"], ordered, captions)}
+        for name, entry in layers.items()
+    }
     head = {"format": schema.FORMAT, "schema_version": schema.SCHEMA_VERSION}
-    atomic.write_json(cache / schema.MANIFEST, schema.seal({**head, **facts, "layers": dict(layers), **tables}))
+    atomic.write_json(cache / schema.MANIFEST, schema.seal({**head, **facts, "layers": entries, **tables}))
+    listed = {index.name_of(name) for name in (*tables, *entries)}
+    for file in (cache / index.FOLDER).iterdir():
+        if file.relative_to(cache).as_posix() not in listed:
+            file.unlink()  # of a layer that the manifest no longer names: made again in a moment where it returns
+
+
+def _publish_places(
+    cache: Path, name: str, folder: str, ordered: Sequence[Sample], captions: Sequence[Caption]
+) -> str:
+    """Write where each row of a layer is; the file's checksum comes back."""
+    assert name not in ("samples", "captions"), name
+    reads: Reads = schema.read_sealed(cache / folder / schema.LAYER)["reads"]
+    rows = schema.wanted(reads, ordered, captions)
+    shards = ((int(shard.name), table) for shard, table in finished_shards(cache / folder))
+    places = index.Places.find(shards, list(rows), list(rows.values()))
+    return index.write(cache / index.name_of(name), places.table())
 
 
 def bytes_on_disk(folder: Path) -> int:

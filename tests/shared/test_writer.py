@@ -275,7 +275,7 @@ def states_after_every_kill(start: Path | None, work: Callable[[Path], object], 
 
 def test_killed_at_any_rename_of_a_first_run_a_reader_refuses_until_all_is_there(tmp_path: Path) -> None:
     found = states_after_every_kill(None, lambda cache: make(cache, layers=("latents", "text"), shard_rows=3), tmp_path)
-    renames = (2 + 3) * 2 + 2 + 3  # shards' tars and indexes; lists of layers; two tables and the manifest
+    renames = (2 + 3) * 2 + 2 + 4 + 2 + 1  # shards' tars and indexes; layers' lists; tables with indexes; layers' indexes; manifest
     assert found == ["refused"] * (2 * renames - 1) + ["new"] * 2
 
 
@@ -285,7 +285,7 @@ def test_killed_at_any_rename_of_a_later_run_a_reader_finds_the_old_or_the_new_c
     # While shards are made, which takes hours, the cache of before can be read.
     shards = 3 * 2
     assert found[: 2 * shards + 1] == ["old"] * (2 * shards + 1)
-    lists = 3 + 2  # layers and tables, in milliseconds
+    lists = 3 + 4 + 3  # layers, tables with their indexes, layers' indexes: in milliseconds
     assert found[2 * shards + 1 :] == ["refused"] * (2 * lists) + ["new"] * 2
 
 
@@ -414,7 +414,10 @@ def test_samples_table_has_the_columns_of_a_sample_in_order() -> None:
     )  # fmt: skip
     assert list(schema.Sample.__dataclass_fields__) == schema.SAMPLES_TABLE.names
     table = schema.samples_table([odd])
-    assert table.to_pylist()[0] == {name: getattr(odd, name) for name in schema.SAMPLES_TABLE.names} | {"captions": []}
+    assert table.to_pylist()[0] == {name: getattr(odd, name) for name in schema.SAMPLES_TABLE.names} | {
+        "captions": [],
+        "caption_weights": [],
+    }
 
 
 def test_bytes_on_disk_counts_every_file_below(tmp_path: Path) -> None:
