@@ -124,8 +124,8 @@ def finished_shards(folder: Path) -> Iterator[tuple[Shard, pa.Table]]:
 
     What is not so is passed over: it will be written again. What is in the tars is `verify`'s business.
     """
-    for index in sorted(folder.glob("*.parquet")):
-        if (finished := _finished(index)) is not None:
+    for path in sorted(folder.glob("*.parquet")):
+        if (finished := _finished(path)) is not None:
             yield finished
 
 
@@ -225,11 +225,14 @@ def publish(
     samples: Sequence[Sample],
     captions: Sequence[Caption],
     layers: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Any] | None = None,
     **facts: Any,
 ) -> None:
-    """Write `samples.parquet`, `captions.parquet`, the indexes and last, in one rename, `cache.json`: from now on a
-    reader sees the new cache. `captions` begin with the empty one. `layers` maps names to what `publish_layer` gave;
-    `facts` go into the manifest as they are. Raises `CacheError` where a layer lacks a row."""
+    """Write `options.json`, the tables, the indexes and last, in one rename, `cache.json`: from now on a reader sees
+    the new cache. `captions` begin with the empty one. `layers` maps names to what `publish_layer` gave; `options` are
+    what makes this cache again; `facts` go into the manifest as they are."""
+    if options is not None:
+        atomic.write_json(cache / schema.OPTIONS, schema.seal(options))
     ordered = index.in_order(samples)
     (cache / index.FOLDER).mkdir(exist_ok=True)
     tables = {
@@ -257,9 +260,7 @@ def publish(
             file.unlink()  # of a layer that the manifest no longer names: made again in a moment where it returns
 
 
-def _publish_places(
-    cache: Path, name: str, folder: str, ordered: Sequence[Sample], captions: Sequence[Caption]
-) -> str:
+def _publish_places(cache: Path, name: str, folder: str, ordered: Sequence[Sample], captions: Sequence[Caption]) -> str:
     """Write where each row of a layer is; the file's checksum comes back."""
     assert name not in ("samples", "captions"), name
     reads: Reads = schema.read_sealed(cache / folder / schema.LAYER)["reads"]
