@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -179,8 +179,10 @@ def publish_layer(
     fields: Sequence[Field],
     made_with: Mapping[str, str],
     storage: Storage | None = None,
+    without: Container[str] = (),
 ) -> dict[str, Any]:
-    """Write `layer.json`, the list of the folder's finished shards; what the manifest says of the layer comes back.
+    """Write `layer.json`, the list of the folder's finished shards but for those named in `without`; what the manifest
+    says of the layer comes back.
 
     Where the list is what it was, the file stays as it is: `made_with` are the versions that made its newest shard.
     """
@@ -190,7 +192,7 @@ def publish_layer(
         "fingerprint": schema.fingerprint(recipe),
         "recipe": dict(recipe),
         "fields": [asdict(field) for field in fields],
-        "shards": [asdict(shard) for shard, _ in finished_shards(folder, storage)],
+        "shards": [asdict(shard) for shard, _ in finished_shards(folder, storage) if shard.name not in without],
     }
     path = folder / schema.LAYER
     if _listed(path) != schema.canonical(content):
@@ -200,13 +202,14 @@ def publish_layer(
     return _entry(folder)
 
 
-def publish_layer_again(folder: Path, storage: Storage | None = None) -> dict[str, Any]:
+def publish_layer_again(folder: Path, storage: Storage | None = None, without: Container[str] = ()) -> dict[str, Any]:
     """Bring the list of shards of a published layer up to date, all else as it is. Raises `CacheError` where its
     `layer.json` is missing or damaged."""
     was = schema.read_sealed(folder / schema.LAYER)
     return publish_layer(
         folder, name=was["name"], reads=was["reads"], recipe=was["recipe"],
         fields=[Field(**field) for field in was["fields"]], made_with=was["made_with"], storage=storage,
+        without=without,
     )  # fmt: skip
 
 
