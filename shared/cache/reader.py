@@ -137,7 +137,8 @@ class Layer:
         tar = f"{self.storage.url}/{self.summary.folder}/{place.shard}.tar"
         return CacheError(
             f"sample '{self._key(number)}' of layer '{self.summary.name}' was altered on disk ({tar} at byte "
-            f"{place.offset}); run `make verify` to see what else is, and `make repair` to encode again what is damaged."
+            f"{place.offset}); run `make verify` to see what else is, and `make repair` to encode again what is "
+            "damaged."
         )
 
     def _key(self, number: int) -> str:
