@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from preprocess import geometry, images
 from preprocess.images import ImageError
 from preprocess.lookahead import mapped
+from preprocess.sources import Blob
 from shared.cache.reader import SAFETENSORS, Layer
 from shared.cache.schema import Caption, Reads, Sample
 from shared.errors import UserError
@@ -45,10 +45,15 @@ Draw = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """uint8 (B, H, W, 3) -> uint8 (B, R, H, W, 3)."""
 
 
-def tensors_rows(keys: Sequence[str], tensors: Tensors) -> Iterator[Row]:
+Keep = Callable[[str, Tensors], Tensors]
+"""A key and what the encoder gave for it -> what of it is kept."""
+
+
+def tensors_rows(keys: Sequence[str], tensors: Tensors, keep: Keep | None = None) -> Iterator[Row]:
     """Rows of a batch's tensors (B, ...). A row with a value that is not finite becomes an error."""
     for i, key in enumerate(keys):
         row = {name: tensor[i].contiguous() for name, tensor in tensors.items()}
+        row = row if keep is None else keep(key, row)
         bad = [name for name, tensor in row.items() if not torch.isfinite(tensor).all()]
         if bad:
             yield Row(key, None, f"the encoder gave values that are not finite ({', '.join(bad)})")
@@ -66,14 +71,14 @@ def captions_producer(captions: dict[str, Caption], encode: Encode, batch_size: 
     return produce
 
 
-def images_producer(load: Load, encode: Encode, batch_size: int, workers: int) -> Produce:
+def images_producer(load: Load, encode: Encode, batch_size: int, workers: int, keep: Keep | None = None) -> Produce:
     """Placed images (all of one shape) -> latents."""
 
     def produce(keys: Sequence[str]) -> Iterator[Row]:
         for loaded in _load_batches(load, keys, batch_size, workers):
             yield from loaded.failed
             if loaded.keys:
-                yield from tensors_rows(loaded.keys, encode(np.stack(loaded.pixels)))
+                yield from tensors_rows(loaded.keys, encode(np.stack(loaded.pixels)), keep)
 
     return produce
 
@@ -81,20 +86,36 @@ def images_producer(load: Load, encode: Encode, batch_size: int, workers: int) -
 def drawings_producer(load: Load, draw: Draw, batch_size: int, workers: int) -> Produce:
     """Placed images -> drawings as PNG, `0.png` to `R-1.png`: what the VAE is then given, and a person can look at."""
 
-    def drawn(keys: Sequence[str]) -> Iterator[Row | tuple[str, NDArray[np.uint8]]]:
+    def drawn(keys: Sequence[str]) -> Iterator[Row | tuple[str, NDArray[np.uint8] | ImageError]]:
         for loaded in _load_batches(load, keys, batch_size, workers):
             yield from loaded.failed
             if loaded.keys:
-                yield from zip(loaded.keys, draw(np.stack(loaded.pixels)), strict=True)  # each (R, H, W, 3)
+                yield from zip(loaded.keys, draw_each(draw, np.stack(loaded.pixels)), strict=True)
 
-    def finish(item: Row | tuple[str, NDArray[np.uint8]]) -> Row:
-        return item if isinstance(item, Row) else Row(item[0], _pngs(item[1]), None)
+    def finish(item: Row | tuple[str, NDArray[np.uint8] | ImageError]) -> Row:
+        if isinstance(item, Row):
+            return item
+        key, drawings = item
+        if isinstance(drawings, ImageError):
+            return Row(key, None, str(drawings))
+        return Row(key, _pngs(drawings), None)
 
     def produce(keys: Sequence[str]) -> Iterator[Row]:
         # While one batch is drawn, the PNGs of the one before are made.
         return mapped(finish, drawn(keys), workers, ahead=batch_size)
 
     return produce
+
+
+def draw_each(draw: Draw, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8] | ImageError]:
+    """Of each image (H, W, 3) of a batch its drawings (R, H, W, 3), or why it has none: one image's fault is not that
+    of the others."""
+    try:
+        return list(draw(pixels))
+    except ImageError as error:
+        if len(pixels) == 1:
+            return [error]
+        return [drawings for image in pixels for drawings in draw_each(draw, image[None])]
 
 
 @dataclass(frozen=True)
@@ -146,8 +167,8 @@ def load_drawings(drawings: Layer, key: str) -> NDArray[np.uint8]:
     return np.stack([np.asarray(page) for page in pages])
 
 
-def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
-    """The pixels of a sample after its placement, uint8 (H, W, 3).
+def load_placed(blobs: Mapping[str, Blob], sample: Sample, reads: Reads) -> NDArray[np.uint8]:
+    """The pixels of a sample after its placement, uint8 (H, W, 3). `blobs`: where each source's bytes are.
 
     Raises `ImageError` where they cannot be had, `UserError` where the file has changed since it was planned: its cache
     entry would bear another image's hash.
@@ -161,13 +182,13 @@ def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
         raise ImageError(f"its conditioning image {name} cannot be read")
     assert sample.placement is not None
     try:
-        content = (data / name).read_bytes()
+        content = blobs[name].read()
     except OSError as error:
         raise UserError(
-            f"{data / name} can no longer be read ({error.strerror}); run the same command again"
+            f"{blobs[name].where} can no longer be read ({error.strerror}); run the same command again"
         ) from error
     if hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(f"{data / name} changed while it was being preprocessed; run the same command again")
+        raise UserError(f"{blobs[name].where} changed while it was being preprocessed; run the same command again")
     try:
         pixels = images.decode(content)
     except ImageError as error:

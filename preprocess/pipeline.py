@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ from shared import atomic, families
 from shared.cache import schema, writer
 from shared.cache.reader import Layer, LayerSummary, open_layer, wanted
 from shared.cache.schema import Field, Reads, Sample
+from shared.cache.storage import LocalStorage
+from shared.config import to_dict
 from shared.errors import EXIT_INCOMPLETE, UserError
-from shared.families.base import Family, LayerKind
+from shared.families.base import Family, LayerKind, Tensors
 from shared.model_folder import ModelFolder, resolve
 from shared.report import progress, quiet_libraries, say, table, versions, warn
 
 _DRAWING = (Field("R.png", "uint8", "H W or H W 3", "the drawing that was encoded, 0.png to R-1.png, white on black"),)
+_HOW = ("cache", "device", "encode", "engine")
+"""Options that say where and how a cache is made, and not what it is."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -64,39 +69,39 @@ def preprocess(options: PreprocessConfig) -> int:
     """
     quiet_libraries()
     family = families.get(options.family)
-    data, cache = Path(options.data).expanduser(), Path(options.cache).expanduser()
-    records = list(sources.read(data, options.source))
-    if unmentioned := sources.num_unmentioned_images(data, records):
-        warn(f"{unmentioned} image file(s) in {data} are not named by its metadata.jsonl: they are no samples")
-    _check_conditioning(options, records)
+    cache = Path(options.cache).expanduser()
+    source = sources.open_source(options.data, options.source)
+    for remark in source.remarks():
+        warn(remark)
+    _check_conditioning(options, source, source.conditioned)
     components = sorted({component for kind in family.layers for component in kind.components})
     model = resolve(options.model or family.default_model, components, options.revision)
     family.check_encoders(model)
     with atomic.alone(cache, "preprocessing into"):
-        return _Stage(options, family, model, data, cache).run(records)
+        return _Stage(options, family, model, cache).run(source)
 
 
-def _check_conditioning(options: PreprocessConfig, records: Sequence[sources.Record]) -> None:
+def _check_conditioning(options: PreprocessConfig, source: sources.Source, conditioned: bool | None) -> None:
     for name in options.condition:
-        needs = conditions.get(name).reads == "conditioning_image"
-        if needs and not any(record.conditioning is not None for record in records):
+        if conditioned is False and conditions.get(name).reads == "conditioning_image":
             raise UserError(
                 f"condition '{name}' takes the drawings that come with the images, but {options.data} names none; give "
-                f"each line of {sources.METADATA} a 'conditioning_image', or choose another condition"
+                f"{source.conditioning_advice}, or choose another condition"
             )
 
 
 class _Stage:
-    def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, data: Path, cache: Path) -> None:
-        self.options, self.family, self.model, self.data, self.cache = options, family, model, data, cache
+    def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, cache: Path) -> None:
+        self.options, self.family, self.model, self.cache = options, family, model, cache
         self.device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
         self.dtype = _DTYPES[options.precision]
         self.text_length = options.text_length or family.max_text_length
         self._inputs: dict[Reads, dict[str, str]] = {}
 
-    def run(self, records: Sequence[sources.Record]) -> int:
+    def run(self, source: sources.Source) -> int:
         works = self._works()  # before the images are read: it refuses where a detector's weights are missing
-        self.plan = self._plan(records)
+        self.plan = self._plan(source)
+        _check_conditioning(self.options, source, any(s.conditioning_source is not None for s in self.plan.samples))
         self.samples = {sample.key: sample for sample in self.plan.samples}
         self.captions = {caption.id: caption for caption in self.plan.captions}
         _remove_parts(self.cache)
@@ -108,18 +113,19 @@ class _Stage:
         kept = self._publish(works)
         return self._report(works, made, kept)
 
-    def _plan(self, records: Sequence[sources.Record]) -> plan.Plan:
+    def _plan(self, source: sources.Source) -> plan.Plan:
         path = self.cache / schema.SAMPLES
         try:
             before = schema.read_samples(path) if path.is_file() else []
         except schema.CacheError:
             before = []  # damaged: every image is decoded again, and the file is written anew at the end
-        if gone := {sample.source for sample in before} - {record.name for record in records}:
+        made = plan.make(source, self.options, self.family.size_multiple, before, self.cache)
+        if gone := {sample.source for sample in before} - {sample.source for sample in made.samples}:
             warn(
-                f"{len(gone)} image(s) of the cache, as {min(gone)}, are no longer in {self.data}: they are no samples "
-                "any more (what was encoded of them stays in its shards)"
+                f"{len(gone)} image(s) of the cache, as {min(gone)}, are no longer in {self.options.data}: they are no "
+                "samples any more (what was encoded of them stays in its shards)"
             )
-        return plan.make(records, self.options, self.family.size_multiple, before)
+        return made
 
     # The layers
 
@@ -144,7 +150,7 @@ class _Stage:
 
     def _encoder_recipe(self, kind: LayerKind, name: str, drawings: str | None) -> dict[str, Any]:
         """`drawings`: fingerprint of the layer that is encoded, where it is not the images or captions themselves."""
-        recipe = self.family.encoder_recipe(kind, self.model, self.text_length)
+        recipe = self.family.encoder_recipe(kind, self.model, self.text_length, self.options.posterior)
         recipe["precision"] = str(self.dtype).removeprefix("torch.")
         if drawings is not None:
             recipe["drawings"] = drawings
@@ -159,29 +165,38 @@ class _Stage:
             name=name,
             reads=reads,
             recipe=recipe,
-            fields=tuple(replace(f, dtype=recipe["precision"]) if f.dtype == "as encoded" else f for f in kind.fields),
+            fields=tuple(
+                replace(f, dtype=recipe["precision"]) if f.dtype == "as encoded" else f
+                for f in self.family.fields(kind, self.options.posterior)
+            ),
             shard_rows=self.options.encode.shard_rows or kind.shard_rows,
             row_bytes=lambda pixels: (
-                num_drawings * self.family.row_bytes(kind, self.model, self.dtype, pixels, self.text_length)
+                num_drawings
+                * self.family.row_bytes(kind, self.model, self.dtype, pixels, self.text_length, self.options.posterior)
             ),
-            open=lambda: self._open(kind, drawing),
+            open=lambda: self._open(kind, name, reads, drawing),
         )
         work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
         return work
 
     @contextmanager
-    def _open(self, kind: LayerKind, drawing: Work | None) -> Iterator[Produce]:
+    def _open(self, kind: LayerKind, name: str, reads: Reads, drawing: Work | None) -> Iterator[Produce]:
         encoder = self.family.open_encoder(kind, self.model, self.device, self.dtype, self.text_length)
-        size = self.options.encode
+        size, inputs = self.options.encode, self._wanted(reads)
+
+        def keep(key: str, tensors: Tensors) -> Tensors:
+            return self.family.keep(kind, tensors, self.options.posterior, f"{name}/{inputs[key]}")
+
         if kind.reads == "caption":
             yield encode.captions_producer(self.captions, encoder, size.text_batch)
         elif drawing is None:
-            yield encode.images_producer(self._load("image"), encoder, size.image_batch, size.workers)
+            yield encode.images_producer(self._load("image"), encoder, size.image_batch, size.workers, keep)
         else:
             layer = self._layer(drawing)
             # A sample's drawings are encoded together: fewer samples at a time in the same memory.
             batch = max(1, size.image_batch // self._condition(drawing.name).num_drawings)
-            yield encode.images_producer(lambda key: encode.load_drawings(layer, key), encoder, batch, size.workers)
+            load = partial(encode.load_drawings, layer)
+            yield encode.images_producer(load, encoder, batch, size.workers, keep)
 
     @contextmanager
     def _open_drawer(self, condition: conditions.Condition[Any]) -> Iterator[Produce]:
@@ -200,15 +215,14 @@ class _Stage:
             recipe=self._recipe(name, {"condition": name, "resampling": "lanczos", **condition.recipe()}),
             fields=_DRAWING,
             shard_rows=self.options.encode.shard_rows or 256,
-            # PNG of line art: measured 0.1 to 0.3 bytes a pixel; photographs as conditions up to 2.
-            row_bytes=lambda pixels: condition.num_drawings * (pixels // 3 + 1024),
+            row_bytes=lambda pixels: condition.num_drawings * (int(pixels * condition.png_bytes_per_pixel) + 1024),
             open=lambda: self._open_drawer(condition),
         )
         work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
         return work
 
     def _load(self, reads: Reads) -> encode.Load:
-        return lambda key: encode.load_placed(self.data, self.samples[key], reads)
+        return lambda key: encode.load_placed(self.plan.blobs, self.samples[key], reads)
 
     def _layer(self, work: Work) -> Layer:
         """A layer that was just completed, opened for reading."""
@@ -217,7 +231,7 @@ class _Stage:
             name=work.name, folder=work.folder.name, reads=work.reads, fingerprint=work.fingerprint,
             recipe=work.recipe, fields=work.fields, shards=tuple(shard for shard, _ in shards),
         )  # fmt: skip
-        return open_layer(work.folder, summary, shards, self._wanted(work.reads))
+        return open_layer(LocalStorage(self.cache), summary, shards, self._wanted(work.reads))
 
     def _wanted(self, reads: Reads) -> dict[str, str]:
         if reads not in self._inputs:
@@ -322,6 +336,7 @@ class _Stage:
                 "name": str(self.model.path) if self.model.revision is None else self.model.name,
                 "revision": self.model.revision,
             },
+            options={key: value for key, value in to_dict(self.options).items() if key not in _HOW},
             condition=self.options.condition[0],
             conditions=sorted([*self.options.condition, *kept]),
         )
