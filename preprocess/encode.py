@@ -1,4 +1,4 @@
-"""Run one producer over one shard's worth of rows: images or captions in, members of the shard out, in batches."""
+"""How the rows of a layer are made: loaded by threads, encoded in batches, made into the bytes of their members."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +19,27 @@ from safetensors.torch import save
 
 from preprocess import geometry, images
 from preprocess.images import ImageError
-from preprocess.lookahead import mapped
-from shared.cache.reader import SAFETENSORS, Layer
-from shared.cache.schema import Caption, Reads, Sample
+from shared.cache.reader import SAFETENSORS
+from shared.cache.schema import Reads, Sample
 from shared.errors import UserError
 from shared.families.base import Encode, Tensors
 
 Members = dict[str, bytes]
+T = TypeVar("T")
+
+
+class Item(Protocol):
+    """What one row of a shard is made from."""
+
+    @property
+    def key(self) -> str:
+        """Of the sample or caption."""
+
+    def load(self) -> Any:
+        """What the producer takes: pixels, uint8 (..., H, W, 3), or a text. Called by threads.
+
+        Raises `ImageError` with the reason why there is nothing, `UserError` where the run cannot go on.
+        """
 
 
 @dataclass(frozen=True)
@@ -35,96 +51,74 @@ class Row:
     error: str | None
 
 
-Produce = Callable[[Sequence[str]], Iterator[Row]]
-"""Keys of one shard -> a row for each; the same keys in the same order give the same rows in the same order."""
-
-Load = Callable[[str], NDArray[np.uint8]]
-"""Key -> its pixels, uint8 (..., H, W, 3), or `ImageError` with the reason why there are none. Called by threads."""
+Finish = Callable[[], Row]
+"""The last step of a row, for threads: what came out of the encoder becomes bytes while the next batch is encoded."""
 
 Draw = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """uint8 (B, H, W, 3) -> uint8 (B, R, H, W, 3)."""
 
 
-def tensors_rows(keys: Sequence[str], tensors: Tensors) -> Iterator[Row]:
-    """Rows of a batch's tensors (B, ...). A row with a value that is not finite becomes an error."""
-    for i, key in enumerate(keys):
-        row = {name: tensor[i].contiguous() for name, tensor in tensors.items()}
-        bad = [name for name, tensor in row.items() if not torch.isfinite(tensor).all()]
-        if bad:
-            yield Row(key, None, f"the encoder gave values that are not finite ({', '.join(bad)})")
-        else:
-            yield Row(key, {SAFETENSORS: save(row)}, None)
-
-
-def captions_producer(captions: dict[str, Caption], encode: Encode, batch_size: int) -> Produce:
-    """Captions -> embeddings."""
-
-    def produce(keys: Sequence[str]) -> Iterator[Row]:
-        for batch in batched(keys, batch_size):
-            yield from tensors_rows(batch, encode([captions[key].text for key in batch]))
-
-    return produce
-
-
-def images_producer(load: Load, encode: Encode, batch_size: int, workers: int) -> Produce:
-    """Placed images (all of one shape) -> latents."""
-
-    def produce(keys: Sequence[str]) -> Iterator[Row]:
-        for loaded in _load_batches(load, keys, batch_size, workers):
-            yield from loaded.failed
-            if loaded.keys:
-                yield from tensors_rows(loaded.keys, encode(np.stack(loaded.pixels)))
-
-    return produce
-
-
-def drawings_producer(load: Load, draw: Draw, batch_size: int, workers: int) -> Produce:
-    """Placed images -> drawings as PNG, `0.png` to `R-1.png`: what the VAE is then given, and a person can look at."""
-
-    def drawn(keys: Sequence[str]) -> Iterator[Row | tuple[str, NDArray[np.uint8]]]:
-        for loaded in _load_batches(load, keys, batch_size, workers):
-            yield from loaded.failed
-            if loaded.keys:
-                yield from zip(loaded.keys, draw(np.stack(loaded.pixels)), strict=True)  # each (R, H, W, 3)
-
-    def finish(item: Row | tuple[str, NDArray[np.uint8]]) -> Row:
-        return item if isinstance(item, Row) else Row(item[0], _pngs(item[1]), None)
-
-    def produce(keys: Sequence[str]) -> Iterator[Row]:
-        # While one batch is drawn, the PNGs of the one before are made.
-        return mapped(finish, drawn(keys), workers, ahead=batch_size)
-
-    return produce
-
-
 @dataclass(frozen=True)
-class _Loaded:
-    """One batch after its images were read: those that could be, and a row for each that could not."""
+class Producer:
+    """What makes the rows of a layer, loaded onto its device."""
 
-    keys: list[str]
-    pixels: list[NDArray[np.uint8]]
-    failed: list[Row]
+    encode: Callable[[Sequence[Any]], Sequence[Any]]
+    """A batch of what was loaded -> for each what `finish` takes. One call at a time."""
+    finish: Callable[[str, Any], Row]
+    """A key and what came of it -> its row. By any thread."""
+
+    def batch(self, items: Sequence[Item], loaded: Sequence[Any]) -> list[Finish]:
+        """Encode one batch: the last steps of its rows. Those that could not be loaded (`ImageError`) come first."""
+        failed = [partial(Row, item.key, None, str(it)) for item, it in _pairs(items, loaded) if _lost(it)]
+        sound = [(item.key, it) for item, it in _pairs(items, loaded) if not _lost(it)]
+        encoded = self.encode([it for _, it in sound]) if sound else []
+        return [*failed, *(partial(self.finish, key, one) for (key, _), one in zip(sound, encoded, strict=True))]
 
 
-def _load_batches(load: Load, keys: Sequence[str], batch_size: int, workers: int) -> Iterator[_Loaded]:
-    """Batches of `keys` in order. While the caller works on one, the next is read."""
+def _pairs(items: Sequence[Item], loaded: Sequence[Any]) -> Iterator[tuple[Item, Any]]:
+    return zip(items, loaded, strict=True)
 
-    def attempt(key: str) -> NDArray[np.uint8] | Row:
-        try:
-            return load(key)
-        except ImageError as error:
-            return Row(key, None, str(error))
 
-    results = mapped(attempt, keys, workers, ahead=batch_size + workers)
-    for batch in batched(keys, batch_size):
-        loaded = _Loaded([], [], [])
-        for key, result in zip(batch, results, strict=False):  # `results` goes on in the next batch
-            if isinstance(result, Row):
-                loaded.failed.append(result)
-            else:
-                loaded.keys.append(key)
-                loaded.pixels.append(result)
-        yield loaded
+def _lost(loaded: Any) -> bool:
+    return isinstance(loaded, ImageError)
+
+
+def load(item: Item) -> Any:
+    """What the item loads, or the `ImageError` that says why there is nothing: a row's reason, and no error."""
+    try:
+        return item.load()
+    except ImageError as error:
+        return error
+
+
+def captions_producer(encode: Encode) -> Producer:
+    """Captions -> embeddings."""
+    return Producer(lambda texts: _rows_of(encode(list(texts)), len(texts)), tensors_row)
+
+
+def images_producer(encode: Encode) -> Producer:
+    """Placed images, or the drawings of each sample (all of one shape) -> latents."""
+    return Producer(lambda pixels: _rows_of(encode(np.stack(pixels)), len(pixels)), tensors_row)
+
+
+def drawings_producer(draw: Draw) -> Producer:
+    """Placed images -> drawings as PNG, `0.png` to `R-1.png`: what the VAE is then given, and a person can look at."""
+    return Producer(
+        lambda pixels: list(draw(np.stack(pixels))),  # each (R, H, W, 3)
+        lambda key, drawings: Row(key, _pngs(drawings), None),
+    )
+
+
+def _rows_of(tensors: Tensors, count: int) -> list[Tensors]:
+    """A batch's tensors (B, ...) -> those of each row."""
+    return [{name: tensor[i] for name, tensor in tensors.items()} for i in range(count)]
+
+
+def tensors_row(key: str, tensors: Tensors) -> Row:
+    """The row of a sample's tensors. A value that is not finite makes it an error."""
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        return Row(key, None, f"the encoder gave values that are not finite ({', '.join(bad)})")
+    return Row(key, {SAFETENSORS: save({name: tensor.contiguous() for name, tensor in tensors.items()})}, None)
 
 
 def _pngs(drawings: NDArray[np.uint8]) -> Members:
@@ -137,13 +131,9 @@ def _pngs(drawings: NDArray[np.uint8]) -> Members:
     return members
 
 
-def load_drawings(drawings: Layer, key: str) -> NDArray[np.uint8]:
-    """The drawings of a sample, uint8 (R, H, W, 3), in their order. Raises `ImageError` where there are none."""
-    if key in drawings.errors:
-        raise ImageError(drawings.errors[key])
-    members = sorted(drawings.members(key), key=lambda member: int(member.split(".")[0]))
-    pages = [Image.open(io.BytesIO(drawings.read(key, member))).convert("RGB") for member in members]
-    return np.stack([np.asarray(page) for page in pages])
+def load_drawings(members: Sequence[bytes]) -> NDArray[np.uint8]:
+    """The drawings of a sample, uint8 (R, H, W, 3), from their PNGs."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(member)).convert("RGB")) for member in members])
 
 
 def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
@@ -175,7 +165,7 @@ def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
     return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
 
 
-def batched(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """`keys` in pieces of `size`, the last one shorter."""
-    for i in range(0, len(keys), size):
-        yield keys[i : i + size]
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """`items` in pieces of `size`, the last one shorter."""
+    for i in range(0, len(items), size):
+        yield items[i : i + size]

@@ -128,11 +128,7 @@ class Layer:
     def altered(self, number: int, place: Place | None = None) -> CacheError:
         """The refusal of a row whose bytes are not the ones that were written."""
         place = place or self.places.place(number)
-        return CacheError(
-            f"sample '{self._key(number)}' of layer '{self.summary.name}' was altered on disk "
-            f"({self.folder / place.shard}.tar at byte {place.offset}); run `make verify` to see what else is, and "
-            "`make repair` to encode again what is damaged."
-        )
+        return _altered(self.folder, self.summary.name, self._key(number), place)
 
     def _key(self, number: int) -> str:
         return next(key for key, other in self._numbers().items() if other == number)
@@ -220,6 +216,32 @@ class Layer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         numbers = state.pop("_numbers")
         self.__dict__.update(state, _lock=threading.Lock(), _numbers=lambda: numbers)
+
+
+def _altered(folder: Path, layer: str, key: str, place: Place) -> CacheError:
+    return CacheError(
+        f"sample '{key}' of layer '{layer}' was altered on disk ({folder / place.shard}.tar at byte {place.offset}); "
+        "run `make verify` to see what else is, and `make repair` to encode again what is damaged."
+    )
+
+
+def read_member(folder: Path, layer: str, key: str, place: Place) -> bytes:
+    """The bytes of one member of a layer in `folder`, whose place is known: for who has not opened the layer.
+
+    Raises `CacheError` where they are not the ones that were written.
+    """
+    tar = folder / f"{place.shard}.tar"
+    try:
+        with open(tar, "rb") as file:
+            file.seek(place.offset)
+            data = file.read(place.length)
+    except FileNotFoundError as error:
+        raise CacheError(f"{tar} is missing; {schema.MEND}") from error
+    except OSError as error:
+        raise CacheError(f"{tar} cannot be read ({error.strerror}); {schema.MEND}") from error
+    if schema.checksum(data) != place.checksum:
+        raise _altered(folder, layer, key, place)
+    return data
 
 
 def open_layer(
@@ -368,5 +390,5 @@ def usable(samples: Iterable[Sample], layers: Iterable[Layer], caption_layers: I
 
 __all__ = [
     "SAFETENSORS", "Cache", "CacheError", "Caption", "Layer", "LayerSummary", "Place", "Places", "SampleIndex",
-    "open_layer", "parse_safetensors", "usable", "wanted",
+    "open_layer", "parse_safetensors", "read_member", "usable", "wanted",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -149,12 +149,22 @@ def _finished(index: Path) -> tuple[Shard, pa.Table] | None:
     return shard, table
 
 
-def finished_rows(folder: Path) -> set[tuple[str, str]]:
-    """Every (key, input) that the finished shards of this layer hold, errors included."""
+def finished_rows(folder: Path, *, errors: bool = True) -> set[tuple[str, str]]:
+    """Every (key, input) that the finished shards of this layer hold; with or without those that have an error."""
     rows: set[tuple[str, str]] = set()
     for _, table in finished_shards(folder):
-        rows.update(zip(table["key"].to_pylist(), table["input"].to_pylist(), strict=True))
+        columns = (table[name].to_pylist() for name in ("key", "input", "status"))
+        rows.update((key, input_) for key, input_, status in zip(*columns, strict=True) if errors or status == "ok")
     return rows
+
+
+def is_finished(folder: Path, number: int, rows: Iterable[tuple[str, str]]) -> bool:
+    """Whether this shard is finished and holds exactly these rows (key, input)."""
+    finished = _finished(folder / f"{schema.shard_name(number)}.parquet")
+    if finished is None:
+        return False
+    _, table = finished
+    return set(zip(table["key"].to_pylist(), table["input"].to_pylist(), strict=True)) == set(rows)
 
 
 def unused_numbers(folder: Path) -> Iterator[int]:
@@ -257,9 +267,7 @@ def publish(
             file.unlink()  # of a layer that the manifest no longer names: made again in a moment where it returns
 
 
-def _publish_places(
-    cache: Path, name: str, folder: str, ordered: Sequence[Sample], captions: Sequence[Caption]
-) -> str:
+def _publish_places(cache: Path, name: str, folder: str, ordered: Sequence[Sample], captions: Sequence[Caption]) -> str:
     """Write where each row of a layer is; the file's checksum comes back."""
     assert name not in ("samples", "captions"), name
     reads: Reads = schema.read_sealed(cache / folder / schema.LAYER)["reads"]
