@@ -35,7 +35,7 @@ PLACES_INDEX = pa.schema(
 
 
 def name_of(what: str) -> str:
-    """Path inside the cache of the index of `samples`, `captions` or a layer."""
+    """Path inside the cache of the index of `samples`, `captions` or a layer (none is called so)."""
     return f"{FOLDER}/{what}.arrow"
 
 

@@ -22,6 +22,7 @@ import torch
 from shared.cache import index, schema
 from shared.cache.index import Place, Places, SampleIndex
 from shared.cache.schema import CacheError, Caption, Field, Reads, Sample, Shard, wanted
+from shared.cache.storage import Listed, RemoteOptions, Storage, open_storage
 from shared.errors import nearest
 
 SAFETENSORS = "safetensors"
@@ -64,27 +65,30 @@ class Layer:
     one maps the shards anew."""
 
     def __init__(
-        self, folder: Path, summary: LayerSummary, places: Places, numbers: Callable[[], Mapping[str, int]]
+        self, storage: Storage, summary: LayerSummary, places: Places, numbers: Callable[[], Mapping[str, int]]
     ) -> None:
         """`places` by number, `numbers` from key to number.
 
-        Raises `CacheError` where a shard is missing or has another size, or a row is in no shard.
+        Raises `CacheError` where a shard is missing or has another size (of a remote cache: when it is fetched), or a
+        row is in no shard.
         """
-        self.folder, self.summary, self.places, self._numbers = folder, summary, places, numbers
+        self.storage, self.folder = storage, storage.root / summary.folder
+        self.summary, self.places, self._numbers = summary, places, numbers
         self._maps: dict[int, memoryview] = {}
         self._indexes: dict[int, dict[str, list[dict[str, Any]]]] = {}
         self._verified_drawings: set[tuple[int, str]] = set()
         self._lock = threading.Lock()
         self._shards = {int(shard.name): shard for shard in summary.shards}
         self._drawings = any(field.name.endswith(".png") for field in summary.fields)
-        self._check_tars()
+        if not storage.remote:
+            self._check_tars()
         self.verified = np.zeros(len(places), np.bool_)
         """By number: whether this process has compared the row's first member with its checksum."""
         absent = np.flatnonzero(places.shard < 0)
         if len(absent):
             first = next(key for key, number in numbers().items() if number == absent[0])
             raise CacheError(
-                f"layer '{summary.name}' of {folder.parent} has nothing for {len(absent)} of {len(places)} rows "
+                f"layer '{summary.name}' of {storage.url} has nothing for {len(absent)} of {len(places)} rows "
                 f"(first: {first}); {schema.MEND}"
             )
 
@@ -104,13 +108,15 @@ class Layer:
 
     # By number: what training asks for with every sample
 
-    def tar_path(self, shard: int) -> Path:
-        """The tar of a shard on this machine."""
-        return self.folder / f"{schema.shard_name(shard)}.tar"
+    def tar(self, shard: int) -> Listed:
+        """The tar of a shard: its name in the cache, its size and checksum."""
+        listed = self._shards[shard]
+        return Listed(f"{self.summary.folder}/{listed.name}.tar", listed.tar_bytes, listed.tar_checksum)
 
-    def shard(self, number: int) -> Shard:
-        """What `layer.json` says of a shard."""
-        return self._shards[number]
+    def tar_path(self, shard: int) -> Path:
+        """The tar of a shard on this machine; of a remote cache it is fetched unless it is here."""
+        tar = self.tar(shard)
+        return self.storage.fetch(tar.name, num_bytes=tar.num_bytes, checksum=tar.checksum)
 
     def read_row(self, number: int) -> memoryview:
         """The bytes of a row's first member, not copied. Raises `CacheError` if they are not the ones that were
@@ -128,7 +134,8 @@ class Layer:
     def altered(self, number: int, place: Place | None = None) -> CacheError:
         """The refusal of a row whose bytes are not the ones that were written."""
         place = place or self.places.place(number)
-        return _altered(self.folder, self.summary.name, self._key(number), place)
+        tar = f"{self.storage.url}/{self.summary.folder}/{place.shard}.tar"
+        return _altered(tar, self.summary.name, self._key(number), place)
 
     def _key(self, number: int) -> str:
         return next(key for key, other in self._numbers().items() if other == number)
@@ -193,21 +200,27 @@ class Layer:
         """Key to rows of a shard's Parquet index. One shard's is kept: keys are asked for in order."""
         with self._lock:
             if shard not in self._indexes:
-                path = self.folder / f"{schema.shard_name(shard)}.parquet"
+                name = f"{self.summary.folder}/{schema.shard_name(shard)}.parquet"
+                stated = self._shards[shard].index_checksum
                 by_key: dict[str, list[dict[str, Any]]] = {}
-                for row in schema.read_table(path, self._shards[shard].index_checksum).to_pylist():
+                for row in schema.read_table(self.storage.fetch(name, checksum=stated), stated).to_pylist():
                     by_key.setdefault(row["key"], []).append(row)
                 self._indexes = {shard: by_key}
             return self._indexes[shard]
 
     def _map(self, shard: int) -> memoryview:
-        if shard not in self._maps:
-            tar = self.tar_path(shard)
-            # torch's map and not Python's, which keeps a file open for each: thousands of shards would be too many.
-            # Private: what were written to a tensor would not reach the file.
-            mapped = torch.from_file(str(tar), shared=False, size=tar.stat().st_size, dtype=torch.uint8)
-            self._maps[shard] = mapped.numpy().data
-        return self._maps[shard]
+        found = self._maps.get(shard)
+        tar = self.tar(shard)
+        if found is None or not self.storage.holds(tar.name):
+            for other in list(self._maps):  # a map keeps the space of a shard that was removed from the local disk
+                if not self.storage.holds(self.tar(other).name):
+                    self._maps.pop(other, None)
+            with self.storage.using(tar) as path:
+                # torch's map and not Python's, which keeps a file open for each: thousands of shards would be too
+                # many. Private: what were written to a tensor would not reach the file.
+                mapped = torch.from_file(str(path), shared=False, size=tar.num_bytes, dtype=torch.uint8)
+            self._maps[shard] = found = mapped.numpy().data
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         numbers = dict(self._numbers())
@@ -218,57 +231,62 @@ class Layer:
         self.__dict__.update(state, _lock=threading.Lock(), _numbers=lambda: numbers)
 
 
-def _altered(folder: Path, layer: str, key: str, place: Place) -> CacheError:
+def _altered(tar: str, layer: str, key: str, place: Place) -> CacheError:
     return CacheError(
-        f"sample '{key}' of layer '{layer}' was altered on disk ({folder / place.shard}.tar at byte {place.offset}); "
-        "run `make verify` to see what else is, and `make repair` to encode again what is damaged."
+        f"sample '{key}' of layer '{layer}' was altered on disk ({tar} at byte {place.offset}); run `make verify` to "
+        "see what else is, and `make repair` to encode again what is damaged."
     )
 
 
-def read_member(folder: Path, layer: str, key: str, place: Place) -> bytes:
-    """The bytes of one member of a layer in `folder`, whose place is known: for who has not opened the layer.
+def read_member(storage: Storage, tar: Listed, layer: str, key: str, place: Place) -> bytes:
+    """The bytes of one member of a shard's tar, whose place is known: for who has not opened the layer.
 
     Raises `CacheError` where they are not the ones that were written.
     """
-    tar = folder / f"{place.shard}.tar"
+    url = f"{storage.url}/{tar.name}"
     try:
-        with open(tar, "rb") as file:
+        with storage.using(tar) as path, open(path, "rb") as file:
             file.seek(place.offset)
             data = file.read(place.length)
     except FileNotFoundError as error:
-        raise CacheError(f"{tar} is missing; {schema.MEND}") from error
+        raise CacheError(f"{url} is missing; {schema.MEND}") from error
     except OSError as error:
-        raise CacheError(f"{tar} cannot be read ({error.strerror}); {schema.MEND}") from error
+        raise CacheError(f"{url} cannot be read ({error.strerror}); {schema.MEND}") from error
     if schema.checksum(data) != place.checksum:
-        raise _altered(folder, layer, key, place)
+        raise _altered(url, layer, key, place)
     return data
 
 
 def open_layer(
-    folder: Path, summary: LayerSummary, shards: Iterable[tuple[Shard, pa.Table]], wanted: Mapping[str, str]
+    storage: Storage, summary: LayerSummary, shards: Iterable[tuple[Shard, pa.Table]], wanted: Mapping[str, str]
 ) -> Layer:
     """A layer by its shards' own indexes, for rows `wanted` (key to input): what stage 1 reads before it publishes."""
     places = Places.find(((int(shard.name), table) for shard, table in shards), list(wanted), list(wanted.values()))
     numbers = {key: number for number, key in enumerate(wanted)}
-    return Layer(folder, summary, places, lambda: numbers)
+    return Layer(storage, summary, places, lambda: numbers)
 
 
 class Cache:
     """An opened cache: what it is, its samples and captions, and its layers."""
 
-    def __init__(self, path: Path) -> None:
-        """Open and check all that training looks things up in. Raises `CacheError`, one sentence, if it is unfit."""
-        self.path = path
-        if not path.is_dir():
+    def __init__(self, path: Path | str, remote: RemoteOptions | None = None) -> None:
+        """Open the cache in a folder or at a URL, and check all that training looks things up in. Raises `CacheError`,
+        one sentence, if it is unfit."""
+        self.storage = open_storage(path, remote)
+        self.path = self.storage.root
+        """Of a remote cache: where its lists are mirrored."""
+        self.url = self.storage.url
+        """The cache as messages name it."""
+        if not self.storage.remote and not self.path.is_dir():
             raise CacheError(f"no such cache: {path}. Make one: make preprocess DATA=... CACHE={path}")
-        if not (path / schema.MANIFEST).is_file():
+        if self.storage.size(schema.MANIFEST) is None:
             raise CacheError(
                 f"{path} is not a finished cache: it has no {schema.MANIFEST}. "
                 f"Run (again) make preprocess DATA=... CACHE={path}; what is finished is kept."
             )
-        self.manifest = schema.read_sealed(path / schema.MANIFEST)
+        self.manifest = schema.read_sealed(self.storage.fetch(schema.MANIFEST))
         if self.manifest.get("format") != schema.FORMAT:
-            raise CacheError(f"{path / schema.MANIFEST} is not the manifest of an {schema.FORMAT}.")
+            raise CacheError(f"{self.url}/{schema.MANIFEST} is not the manifest of an {schema.FORMAT}.")
         if (version := self.manifest.get("schema_version")) != schema.SCHEMA_VERSION:
             raise CacheError(
                 f"{path} has cache schema version {version}, this code reads {schema.SCHEMA_VERSION}; "
@@ -282,19 +300,22 @@ class Cache:
         self._wanted: dict[Reads, dict[str, str]] = {}
 
     def _mapped(self, what: str, checksum: str) -> pa.Table:
-        return index.open_mapped(self.path / index.name_of(what), checksum)
+        return index.open_mapped(self.storage.fetch(index.name_of(what), checksum=checksum), checksum)
 
     @cached_property
     def samples(self) -> dict[str, Sample]:
         """Key to sample, those that could not be used too. Read when first asked for: an object for each."""
         stated = self.manifest["samples"]["checksum"]
-        return {sample.key: sample for sample in schema.read_samples(self.path / schema.SAMPLES, stated)}
+        return {sample.key: sample for sample in schema.read_samples(self._list(schema.SAMPLES, stated), stated)}
 
     @cached_property
     def captions(self) -> dict[str, Caption]:
         """Id to caption. Read when first asked for: an object for each."""
         stated = self.manifest["captions"]["checksum"]
-        return {caption.id: caption for caption in schema.read_captions(self.path / schema.CAPTIONS, stated)}
+        return {caption.id: caption for caption in schema.read_captions(self._list(schema.CAPTIONS, stated), stated)}
+
+    def _list(self, name: str, checksum: str) -> Path:
+        return self.storage.fetch(name, checksum=checksum)
 
     @property
     def family(self) -> str:
@@ -320,8 +341,8 @@ class Cache:
         """What a layer is, from its `layer.json`. Raises `CacheError` where it is absent, altered or another's."""
         entry = self.manifest["layers"].get(name)
         if entry is None:
-            raise CacheError(f"{self.path} has no layer '{name}': {nearest(name, self.layer_names)}")
-        path = self.path / entry["folder"] / schema.LAYER
+            raise CacheError(f"{self.url} has no layer '{name}': {nearest(name, self.layer_names)}")
+        path = self.storage.fetch(f"{entry['folder']}/{schema.LAYER}")
         content = schema.read_sealed(path)
         if (
             schema.checksum(schema.canonical(content)) != entry["checksum"]
@@ -344,9 +365,7 @@ class Cache:
             summary = self.summary(name)
             places = Places.of(self._mapped(name, self.manifest["layers"][name]["index_checksum"]))
             numbers = self.index
-            self._layers[name] = Layer(
-                self.path / summary.folder, summary, places, lambda: numbers.numbers(summary.reads)
-            )
+            self._layers[name] = Layer(self.storage, summary, places, lambda: numbers.numbers(summary.reads))
         return self._layers[name]
 
     def wanted(self, reads: Reads) -> dict[str, str]:

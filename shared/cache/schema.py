@@ -25,6 +25,8 @@ MANIFEST = "cache.json"
 SAMPLES = "samples.parquet"
 CAPTIONS = "captions.parquet"
 LAYER = "layer.json"
+OPTIONS = "options.json"
+"""What preprocessing was run with last, but for the cache's own path: what `status` and `repair` go by."""
 
 MEND = "run the same `make preprocess` again to mend it, only what is damaged is made again."
 """The end of a refusal whose damage the preprocessing stage finds and mends by itself."""

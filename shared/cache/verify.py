@@ -7,6 +7,7 @@ refers to) are told apart from damage.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,9 +49,13 @@ def verify(path: Path) -> Verdict:
         return verdict
     listed = [path / name for name in (schema.MANIFEST, schema.SAMPLES, schema.CAPTIONS)]
     listed += [path / index.name_of(name) for name in ("samples", "captions", *cache.layer_names)]
-    for name in ("samples", "captions"):
+    checks: list[Callable[[], object]] = [lambda: cache.samples, lambda: cache.captions]
+    if (path / schema.OPTIONS).exists():
+        listed.append(path / schema.OPTIONS)
+        checks.append(lambda: schema.read_sealed(path / schema.OPTIONS))
+    for check in checks:
         try:
-            getattr(cache, name)
+            check()
         except CacheError as error:
             verdict.problems.append(str(error))
     shards: list[tuple[LayerSummary, schema.Shard]] = []

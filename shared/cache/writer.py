@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ import xxhash
 from shared import atomic
 from shared.cache import index, schema
 from shared.cache.schema import Caption, Field, Reads, Sample, Shard
+from shared.cache.storage import LocalStorage, Storage
 
 
 class _Summed(io.RawIOBase):
@@ -48,15 +49,18 @@ class ShardWriter:
     disk raises `UserError`.
     """
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, storage: Storage | None = None) -> None:
+        """`folder` is the layer's in the root of `storage`, which uploads what is finished where the cache is
+        elsewhere; without one the folder is the place."""
         self.folder, self.name = folder, schema.shard_name(number)
+        self._storage = storage or LocalStorage(folder.parent)
         self._rows: list[dict[str, Any]] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         index = self.folder / f"{self.name}.parquet"
-        assert _finished(index) is None, f"{index} is finished, and a finished shard is never changed"
+        assert _finished(index, self._storage) is None, f"{index} is finished, and a finished shard is never changed"
         # The index of a tar that is lost or cut off: beside the new tar it could pass for that one's.
         index.unlink(missing_ok=True)
         self._file = _Summed(self._stack.enter_context(atomic.writing(self.folder / f"{self.name}.tar")))
@@ -114,29 +118,32 @@ class ShardWriter:
             {_TAR_BYTES: str(self._file.count), _TAR_CHECKSUM: self._file.sum.hexdigest()}
         )
         schema.write_table(self.folder / f"{self.name}.parquet", table)
+        for ending in ("tar", "parquet"):
+            self._storage.finished(f"{self.folder.name}/{self.name}.{ending}")
 
 
 _TAR_BYTES, _TAR_CHECKSUM = "tar_bytes", "tar_checksum"
 
 
-def finished_shards(folder: Path) -> Iterator[tuple[Shard, pa.Table]]:
+def finished_shards(folder: Path, storage: Storage | None = None) -> Iterator[tuple[Shard, pa.Table]]:
     """The finished shards of a layer's folder in order, each with its index: sound index, tar of the size it states.
 
-    What is not so is passed over: it will be written again. What is in the tars is `verify`'s business.
+    What is not so is passed over: it will be written again. What is in the tars is `verify`'s business. `storage` as
+    for `ShardWriter`.
     """
-    for index in sorted(folder.glob("*.parquet")):
-        if (finished := _finished(index)) is not None:
+    storage = storage or LocalStorage(folder.parent)
+    for path in sorted(folder.glob("*.parquet")):
+        if (finished := _finished(path, storage)) is not None:
             yield finished
 
 
-def _finished(index: Path) -> tuple[Shard, pa.Table] | None:
+def _finished(index: Path, storage: Storage) -> tuple[Shard, pa.Table] | None:
     try:
         table = schema.read_table(index)
     except schema.CacheError:
         return None  # a lost or damaged index makes an unfinished shard: its samples are encoded again
     stated = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-    tar = index.with_suffix(".tar")
-    if not tar.is_file() or tar.stat().st_size != int(stated[_TAR_BYTES]):
+    if storage.size(f"{index.parent.name}/{index.stem}.tar") != int(stated[_TAR_BYTES]):
         return None
     shard = Shard(
         name=index.stem,
@@ -149,27 +156,27 @@ def _finished(index: Path) -> tuple[Shard, pa.Table] | None:
     return shard, table
 
 
-def finished_rows(folder: Path, *, errors: bool = True) -> set[tuple[str, str]]:
+def finished_rows(folder: Path, storage: Storage | None = None, *, errors: bool = True) -> set[tuple[str, str]]:
     """Every (key, input) that the finished shards of this layer hold; with or without those that have an error."""
     rows: set[tuple[str, str]] = set()
-    for _, table in finished_shards(folder):
+    for _, table in finished_shards(folder, storage):
         columns = (table[name].to_pylist() for name in ("key", "input", "status"))
         rows.update((key, input_) for key, input_, status in zip(*columns, strict=True) if errors or status == "ok")
     return rows
 
 
-def is_finished(folder: Path, number: int, rows: Iterable[tuple[str, str]]) -> bool:
+def is_finished(folder: Path, number: int, rows: Iterable[tuple[str, str]], storage: Storage | None = None) -> bool:
     """Whether this shard is finished and holds exactly these rows (key, input)."""
-    finished = _finished(folder / f"{schema.shard_name(number)}.parquet")
+    finished = _finished(folder / f"{schema.shard_name(number)}.parquet", storage or LocalStorage(folder.parent))
     if finished is None:
         return False
     _, table = finished
     return set(zip(table["key"].to_pylist(), table["input"].to_pylist(), strict=True)) == set(rows)
 
 
-def unused_numbers(folder: Path) -> Iterator[int]:
+def unused_numbers(folder: Path, storage: Storage | None = None) -> Iterator[int]:
     """Shard numbers that no finished shard has, ascending: the same work gets the same names after an interruption."""
-    used = {shard.name for shard, _ in finished_shards(folder)}
+    used = {shard.name for shard, _ in finished_shards(folder, storage)}
     return (number for number in range(10**9) if schema.shard_name(number) not in used)
 
 
@@ -181,8 +188,11 @@ def publish_layer(
     recipe: Mapping[str, Any],
     fields: Sequence[Field],
     made_with: Mapping[str, str],
+    storage: Storage | None = None,
+    without: Container[str] = (),
 ) -> dict[str, Any]:
-    """Write `layer.json`, the list of the folder's finished shards; what the manifest says of the layer comes back.
+    """Write `layer.json`, the list of the folder's finished shards but for those named in `without`; what the manifest
+    says of the layer comes back.
 
     Where the list is what it was, the file stays as it is: `made_with` are the versions that made its newest shard.
     """
@@ -192,21 +202,24 @@ def publish_layer(
         "fingerprint": schema.fingerprint(recipe),
         "recipe": dict(recipe),
         "fields": [asdict(field) for field in fields],
-        "shards": [asdict(shard) for shard, _ in finished_shards(folder)],
+        "shards": [asdict(shard) for shard, _ in finished_shards(folder, storage) if shard.name not in without],
     }
     path = folder / schema.LAYER
     if _listed(path) != schema.canonical(content):
         atomic.write_json(path, schema.seal({**content, "made_with": dict(made_with)}))
+        if storage is not None:
+            storage.finished(f"{folder.name}/{schema.LAYER}")
     return _entry(folder)
 
 
-def publish_layer_again(folder: Path) -> dict[str, Any]:
+def publish_layer_again(folder: Path, storage: Storage | None = None, without: Container[str] = ()) -> dict[str, Any]:
     """Bring the list of shards of a published layer up to date, all else as it is. Raises `CacheError` where its
     `layer.json` is missing or damaged."""
     was = schema.read_sealed(folder / schema.LAYER)
     return publish_layer(
         folder, name=was["name"], reads=was["reads"], recipe=was["recipe"],
-        fields=[Field(**field) for field in was["fields"]], made_with=was["made_with"],
+        fields=[Field(**field) for field in was["fields"]], made_with=was["made_with"], storage=storage,
+        without=without,
     )  # fmt: skip
 
 
@@ -235,46 +248,63 @@ def publish(
     samples: Sequence[Sample],
     captions: Sequence[Caption],
     layers: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Any] | None = None,
+    storage: Storage | None = None,
     **facts: Any,
 ) -> None:
-    """Write `samples.parquet`, `captions.parquet`, the indexes and last, in one rename, `cache.json`: from now on a
-    reader sees the new cache. `captions` begin with the empty one. `layers` maps names to what `publish_layer` gave;
-    `facts` go into the manifest as they are. Raises `CacheError` where a layer lacks a row."""
-    ordered = index.in_order(samples)
+    """Write `options.json`, the tables, the indexes and last, in one rename, `cache.json`: from now on a reader sees
+    the new cache. `captions` begin with the empty one. `layers` maps names to what `publish_layer` gave; `options` are
+    what makes this cache again; `facts` go into the manifest as they are."""
+    storage = storage or LocalStorage(cache)
     (cache / index.FOLDER).mkdir(exist_ok=True)
+    if options is not None:
+        atomic.write_json(cache / schema.OPTIONS, schema.seal(options))
+        storage.finished(schema.OPTIONS)
+
+    def table(name: str, rows: pa.Table) -> str:
+        checksum = schema.write_table(cache / name, rows)
+        storage.finished(name)
+        return checksum
+
+    def mapped(what: str, rows: pa.Table) -> str:
+        checksum = index.write(cache / index.name_of(what), rows)
+        storage.finished(index.name_of(what))
+        return checksum
+
+    ordered = index.in_order(samples)
     tables = {
         "samples": {
             "rows": len(samples),
             "errors": sum(sample.status == "error" for sample in samples),
-            "checksum": schema.write_table(cache / schema.SAMPLES, schema.samples_table(samples)),
-            "index_checksum": index.write(cache / index.name_of("samples"), index.samples_table(ordered, captions)),
+            "checksum": table(schema.SAMPLES, schema.samples_table(samples)),
+            "index_checksum": mapped("samples", index.samples_table(ordered, captions)),
         },
         "captions": {
             "rows": len(captions),
-            "checksum": schema.write_table(cache / schema.CAPTIONS, schema.captions_table(captions)),
-            "index_checksum": index.write(cache / index.name_of("captions"), index.captions_table(captions)),
+            "checksum": table(schema.CAPTIONS, schema.captions_table(captions)),
+            "index_checksum": mapped("captions", index.captions_table(captions)),
         },
     }
-    entries = {
-        name: {**entry, "index_checksum": _publish_places(cache, name, entry["folder"], ordered, captions)}
-        for name, entry in layers.items()
-    }
+    entries = {}
+    for name, entry in layers.items():
+        places = _places(cache / entry["folder"], storage, ordered, captions)
+        entries[name] = {**entry, "index_checksum": mapped(name, places.table())}
     head = {"format": schema.FORMAT, "schema_version": schema.SCHEMA_VERSION}
+    storage.flush()
     atomic.write_json(cache / schema.MANIFEST, schema.seal({**head, **facts, "layers": entries, **tables}))
+    storage.finished(schema.MANIFEST)
+    storage.flush()
     listed = {index.name_of(name) for name in (*tables, *entries)}
-    for file in (cache / index.FOLDER).iterdir():
-        if file.relative_to(cache).as_posix() not in listed:
-            file.unlink()  # of a layer that the manifest no longer names: made again in a moment where it returns
+    for name in storage.listing(f"{index.FOLDER}/"):
+        if name not in listed:
+            storage.remove(name)  # of a layer that the manifest no longer names: made again where it returns
 
 
-def _publish_places(cache: Path, name: str, folder: str, ordered: Sequence[Sample], captions: Sequence[Caption]) -> str:
-    """Write where each row of a layer is; the file's checksum comes back."""
-    assert name not in ("samples", "captions"), name
-    reads: Reads = schema.read_sealed(cache / folder / schema.LAYER)["reads"]
-    rows = schema.wanted(reads, ordered, captions)
-    shards = ((int(shard.name), table) for shard, table in finished_shards(cache / folder))
-    places = index.Places.find(shards, list(rows), list(rows.values()))
-    return index.write(cache / index.name_of(name), places.table())
+def _places(folder: Path, storage: Storage, ordered: Sequence[Sample], captions: Sequence[Caption]) -> index.Places:
+    """Where each row of a layer is."""
+    rows = schema.wanted(schema.read_sealed(folder / schema.LAYER)["reads"], ordered, captions)
+    shards = ((int(shard.name), table) for shard, table in finished_shards(folder, storage))
+    return index.Places.find(shards, list(rows), list(rows.values()))
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -41,8 +41,11 @@ def ran(options: PreprocessConfig, capsys: pytest.CaptureFixture[str]) -> Ran:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by its name relative to it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file below `folder`, by its name relative to it; without the note of the options, which names the data's
+    folder."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    found.pop("options.json", None)
+    return found
 
 
 def shards(folder: Path) -> dict[str, bytes]:

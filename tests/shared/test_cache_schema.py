@@ -96,7 +96,10 @@ def test_rule_2_lists_come_at_the_end_and_the_manifest_last(
     monkeypatch.setattr(os, "replace", replace)
     assert preprocess(preprocess_options(tiny_data, tmp_path / "cache", tiny_model)) == 0
     last_shard = max(i for i, name in enumerate(renamed) if re.fullmatch(r"\d{5}\.(tar|parquet)", name))
-    assert renamed[last_shard + 1 :] == ["layer.json"] * 5 + ["samples.parquet", "captions.parquet", "cache.json"]
+    layers = ["latents", "canny", "canny_latents", "clip", "t5"]
+    tables = ["samples.parquet", "samples.arrow", "captions.parquet", "captions.arrow"]
+    indexes = [f"{name}.arrow" for name in layers]
+    assert renamed[last_shard + 1 :] == ["layer.json"] * 5 + ["options.json", *tables, *indexes, "cache.json"]
 
 
 def test_rule_3_a_finished_shard_is_never_changed(tmp_path: Path) -> None:
@@ -144,8 +147,10 @@ def test_rule_6_checksums_form_a_chain(tmp_path: Path) -> None:
     manifest = schema.read_sealed(tmp_path / "cache.json")
     for name in ("samples", "captions"):
         assert manifest[name]["checksum"] == schema.file_checksum(tmp_path / f"{name}.parquet")
-    for entry in manifest["layers"].values():
+        assert manifest[name]["index_checksum"] == schema.file_checksum(tmp_path / "index" / f"{name}.arrow")
+    for name, entry in manifest["layers"].items():
         folder = tmp_path / entry["folder"]
+        assert entry["index_checksum"] == schema.file_checksum(tmp_path / "index" / f"{name}.arrow")
         layer = json.loads((folder / "layer.json").read_text())
         assert layer["checksum"] == entry["checksum"]
         for shard in layer["shards"]:
@@ -287,7 +292,7 @@ def test_rule_15_nothing_is_left_out_in_silence(tmp_path: Path) -> None:
     assert "s8" not in cache.wanted("image")
     assert cache.layer("latents").errors == {"s9": BROKEN}
     manifest = json.loads((tmp_path / "cache.json").read_text())
-    assert manifest["samples"] | {"checksum": ""} == {"rows": 7, "errors": 1, "checksum": ""}
+    assert (manifest["samples"]["rows"], manifest["samples"]["errors"]) == (7, 1)
     assert sum(shard.errors for shard in cache.summary("latents").shards) == 1
 
 
@@ -311,9 +316,9 @@ def test_rule_17_unlisted_files_are_harmless_and_nothing_is_deleted(tmp_path: Pa
     (folder_of(tmp_path, "edges") / "99999.tar").write_bytes(b"what is this")
     kept = files(tmp_path)
     assert content(tmp_path) == before
-    make(tmp_path, SAMPLES[:2], CAPTIONS[:3])
+    make(tmp_path, SAMPLES[:2], CAPTIONS[:4])
     after = files(tmp_path)
-    lists = {"cache.json", "samples.parquet", "captions.parquet"}
+    lists = {"cache.json", "samples.parquet", "captions.parquet", *(name for name in kept if name.startswith("index/"))}
     assert {name for name in kept if after.get(name) != kept[name]} <= lists
     verdict = verify(tmp_path)
     assert verdict.sound
@@ -322,12 +327,22 @@ def test_rule_17_unlisted_files_are_harmless_and_nothing_is_deleted(tmp_path: Pa
 
 def test_rule_18_nothing_in_a_cache_can_run_code(tiny_cache: Path) -> None:
     found = {path.suffix for path in tiny_cache.rglob("*") if path.is_file()}
-    assert found == {".json", ".parquet", ".tar"}
+    assert found == {".json", ".parquet", ".arrow", ".tar"}
     members = set()
     for path in tiny_cache.rglob("*.tar"):
         with tarfile.open(path) as tar:
             members |= {member.name.split(".", 1)[1] for member in tar}
     assert members == {"safetensors", "0.png"}
+
+
+def test_rule_19_a_samples_number_is_its_row_whatever_runs_the_cache_grew_in(tmp_path: Path) -> None:
+    grown = make(tmp_path / "grown", [SAMPLES[3], SAMPLES[1]])
+    make(grown, [SAMPLES[4], *SAMPLES[:4]])
+    at_once = make(tmp_path / "at once")
+    assert (grown / "index" / "samples.arrow").read_bytes() == (at_once / "index" / "samples.arrow").read_bytes()
+    index = Cache(grown).index
+    assert [index.key(number) for number in range(index.num_samples)] == sorted(s.key for s in SAMPLES)
+    assert {key: index.key(number) for key, number in index.sample_numbers.items()} == {s.key: s.key for s in SAMPLES}
 
 
 # Refusals
@@ -412,16 +427,23 @@ def test_refusal_unreadable(tmp_path: Path) -> None:
     path = tmp_path / "samples.parquet"
     path.unlink()
     path.mkdir()  # as good as any reason not to be readable, and true for root too
+    assert "Is a directory" in refused("unreadable", lambda: content(tmp_path))
+    shutil.rmtree(path)
+    make(tmp_path)
+    index = tmp_path / "index" / "samples.arrow"
+    index.unlink()
+    index.mkdir()
     assert "Is a directory" in refused("unreadable", lambda: Cache(tmp_path))
 
 
 def test_refusal_altered_table(tmp_path: Path) -> None:
     whole = content(make(tmp_path))
     folder = folder_of(tmp_path, "edges")
-    for path in (folder / "00001.parquet", tmp_path / "captions.parquet", tmp_path / "samples.parquet"):
+    indexes = [tmp_path / "index" / f"{name}.arrow" for name in ("samples", "captions", "latents")]
+    for path in (folder / "00001.parquet", tmp_path / "captions.parquet", tmp_path / "samples.parquet", *indexes):
         flip(path, 40)
         assert str(path) in refused("altered_table", lambda: content(tmp_path))
-    assert content(make(tmp_path)) == whole
+        assert content(make(tmp_path)) == whole
 
 
 def test_refusal_unknown_layer(tmp_path: Path) -> None:
@@ -540,7 +562,7 @@ def test_the_examples_digests_are_computed_as_the_page_says() -> None:
 
 
 def test_the_tree_names_what_a_real_cache_has(tiny_cache: Path) -> None:
-    named = set(re.findall(r"^\s+(\S+?)(?:-[0-9a-f]{8}/|\s)", section("The tree"), re.MULTILINE))
+    named = set(re.findall(r"^\s+(\S+?)(?:-[0-9a-f]{8}/|/?\s)", section("The tree"), re.MULTILINE))
     names = {re.sub(r"-[0-9a-f]{8}$", "", path.name) for path in tiny_cache.rglob("*")}
     assert {"cache.json", "samples.parquet", "captions.parquet", "layer.json", "00000.tar", "00000.parquet"} <= named
     assert {name for name in names if not re.match(r"0000[1-9]", name)} <= named
@@ -556,7 +578,13 @@ def test_the_tree_names_what_a_real_cache_has(tiny_cache: Path) -> None:
 )
 def test_the_columns_are_those_of_the_tables(title: str, table_schema: Any) -> None:
     assert [row[:2] for row in table(title)] == [
-        [field.name, str(field.type).replace("list<item: string>", "list of strings")] for field in table_schema
+        [
+            field.name,
+            str(field.type)
+            .replace("list<item: string>", "list of strings")
+            .replace("list<item: float>", "list of floats"),
+        ]
+        for field in table_schema
     ]
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from shared.cache import schema, writer
 from shared.cache.reader import Cache, CacheError, LayerSummary, open_layer, parse_safetensors, usable
 from shared.cache.schema import Caption, Sample
+from shared.cache.storage import LocalStorage
 from tests.shared import small_cache
 from tests.shared.small_cache import BROKEN, CAPTIONS, SAMPLES, content, folder_of, make, sample
 
@@ -170,10 +171,10 @@ def test_what_is_wanted_decides_between_two_states_of_one_key(tmp_path: Path) ->
     writer.publish_layer(tmp_path, name="x", reads="image", recipe={}, fields=[], made_with={})
     shards = list(writer.finished_shards(tmp_path))
     for input_digest, data in inputs.items():
-        layer = open_layer(tmp_path, summary_of(tmp_path, shards), shards, {"a": input_digest})
+        layer = open_layer(LocalStorage(tmp_path.parent), summary_of(tmp_path, shards), shards, {"a": input_digest})
         assert bytes(layer.read("a", "x")) == data
     with pytest.raises(CacheError, match=r"nothing for 1 of 1 rows \(first: a\)"):
-        open_layer(tmp_path, summary_of(tmp_path, shards), shards, {"a": "another"})
+        open_layer(LocalStorage(tmp_path.parent), summary_of(tmp_path, shards), shards, {"a": "another"})
 
 
 def test_a_row_that_succeeded_later_is_no_error(tmp_path: Path) -> None:
@@ -183,7 +184,9 @@ def test_a_row_that_succeeded_later_is_no_error(tmp_path: Path) -> None:
     with writer.ShardWriter(tmp_path, 1) as shard:
         shard.add("a", "input", {"x": b"1"})
     shards = list(writer.finished_shards(tmp_path))
-    layer = open_layer(tmp_path, summary_of(tmp_path, shards), shards, {"a": "input", "b": "input"})
+    layer = open_layer(
+        LocalStorage(tmp_path.parent), summary_of(tmp_path, shards), shards, {"a": "input", "b": "input"}
+    )
     assert layer.errors == {"b": "not finite"}
     assert bytes(layer.read("a", "x")) == b"1"
 

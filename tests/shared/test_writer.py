@@ -275,7 +275,9 @@ def states_after_every_kill(start: Path | None, work: Callable[[Path], object], 
 
 def test_killed_at_any_rename_of_a_first_run_a_reader_refuses_until_all_is_there(tmp_path: Path) -> None:
     found = states_after_every_kill(None, lambda cache: make(cache, layers=("latents", "text"), shard_rows=3), tmp_path)
-    renames = (2 + 3) * 2 + 2 + 4 + 2 + 1  # shards' tars and indexes; layers' lists; tables with indexes; layers' indexes; manifest
+    renames = (
+        (2 + 3) * 2 + 2 + 4 + 2 + 1
+    )  # shards' tars and indexes; layers' lists; tables with indexes; layers' indexes; manifest
     assert found == ["refused"] * (2 * renames - 1) + ["new"] * 2
 
 
