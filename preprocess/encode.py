@@ -21,6 +21,7 @@ from preprocess import geometry, images
 from preprocess.images import ImageError
 from shared.cache.reader import SAFETENSORS
 from shared.cache.schema import Reads, Sample
+from shared.cache.storage import Storage
 from shared.errors import UserError
 from shared.families.base import Encode, Tensors
 
@@ -35,8 +36,12 @@ class Item(Protocol):
     def key(self) -> str:
         """Of the sample or caption."""
 
-    def load(self) -> Any:
-        """What the producer takes: pixels, uint8 (..., H, W, 3), or a text. Called by threads.
+    @property
+    def input(self) -> str:
+        """Digest of what the row is made from."""
+
+    def load(self, storage: Storage) -> Any:
+        """What the producer takes: pixels, uint8 (..., H, W, 3), or a text. `storage`: the cache's. Called by threads.
 
         Raises `ImageError` with the reason why there is nothing, `UserError` where the run cannot go on.
         """
@@ -64,71 +69,62 @@ class Producer:
 
     encode: Callable[[Sequence[Any]], Sequence[Any]]
     """A batch of what was loaded -> for each what `finish` takes. One call at a time."""
-    finish: Callable[[str, Any], Row]
-    """A key and what came of it -> its row. By any thread."""
+    finish: Callable[[Item, Any], Row]
+    """An item and what came of it -> its row. By any thread."""
 
     def batch(self, items: Sequence[Item], loaded: Sequence[Any]) -> list[Finish]:
         """Encode one batch: the last steps of its rows. Those that could not be loaded (`ImageError`) come first."""
-        failed = [partial(Row, item.key, None, str(it)) for item, it in _pairs(items, loaded) if _lost(it)]
-        sound = [(item.key, it) for item, it in _pairs(items, loaded) if not _lost(it)]
-        encoded = self.encode([it for _, it in sound]) if sound else []
-        return [*failed, *(partial(self.finish, key, one) for (key, _), one in zip(sound, encoded, strict=True))]
+        pairs = list(zip(items, loaded, strict=True))
+        sound = [(item, found) for item, found in pairs if not isinstance(found, ImageError)]
+        lost = [partial(Row, item.key, None, str(found)) for item, found in pairs if isinstance(found, ImageError)]
+        encoded = self.encode([found for _, found in sound]) if sound else []
+        return [*lost, *(partial(self.finish, item, one) for (item, _), one in zip(sound, encoded, strict=True))]
 
 
-def _pairs(items: Sequence[Item], loaded: Sequence[Any]) -> Iterator[tuple[Item, Any]]:
-    return zip(items, loaded, strict=True)
-
-
-def _lost(loaded: Any) -> bool:
-    return isinstance(loaded, ImageError)
-
-
-def load(item: Item) -> Any:
+def load(storage: Storage, item: Item) -> Any:
     """What the item loads, or the `ImageError` that says why there is nothing: a row's reason, and no error."""
     try:
-        return item.load()
+        return item.load(storage)
     except ImageError as error:
         return error
 
 
 def captions_producer(encode: Encode) -> Producer:
     """Captions -> embeddings."""
-    return Producer(lambda texts: _rows_of(encode(list(texts)), len(texts)), tensors_row)
+    return Producer(lambda texts: _by_row(encode(list(texts)), len(texts)), tensors_row)
 
 
 def images_producer(encode: Encode) -> Producer:
     """Placed images, or the drawings of each sample (all of one shape) -> latents."""
-    return Producer(lambda pixels: _rows_of(encode(np.stack(pixels)), len(pixels)), tensors_row)
+    return Producer(lambda pixels: _by_row(encode(np.stack(pixels)), len(pixels)), tensors_row)
 
 
 def drawings_producer(draw: Draw) -> Producer:
     """Placed images -> drawings as PNG, `0.png` to `R-1.png`: what the VAE is then given, and a person can look at."""
-    return Producer(
-        lambda pixels: list(draw(np.stack(pixels))),  # each (R, H, W, 3)
-        lambda key, drawings: Row(key, _pngs(drawings), None),
-    )
+    return Producer(lambda pixels: list(draw(np.stack(pixels))), drawings_row)
 
 
-def _rows_of(tensors: Tensors, count: int) -> list[Tensors]:
+def _by_row(tensors: Tensors, count: int) -> list[Tensors]:
     """A batch's tensors (B, ...) -> those of each row."""
     return [{name: tensor[i] for name, tensor in tensors.items()} for i in range(count)]
 
 
-def tensors_row(key: str, tensors: Tensors) -> Row:
-    """The row of a sample's tensors. A value that is not finite makes it an error."""
+def tensors_row(item: Item, tensors: Tensors) -> Row:
+    """The row of an item's tensors. A value that is not finite makes it an error."""
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        return Row(key, None, f"the encoder gave values that are not finite ({', '.join(bad)})")
-    return Row(key, {SAFETENSORS: save({name: tensor.contiguous() for name, tensor in tensors.items()})}, None)
+        return Row(item.key, None, f"the encoder gave values that are not finite ({', '.join(bad)})")
+    return Row(item.key, {SAFETENSORS: save({name: tensor.contiguous() for name, tensor in tensors.items()})}, None)
 
 
-def _pngs(drawings: NDArray[np.uint8]) -> Members:
+def drawings_row(item: Item, drawings: NDArray[np.uint8]) -> Row:
+    """The row of a sample's drawings (R, H, W, 3): a PNG of each, grey where it is grey."""
     members = {}
     for r, drawing in enumerate(drawings):
         grey = (drawing == drawing[..., :1]).all()
         buffer = io.BytesIO()
         Image.fromarray(drawing[..., 0] if grey else drawing).save(buffer, format="PNG", compress_level=6)
         members[f"{r}.png"] = buffer.getvalue()
-    return members
+    return Row(item.key, members, None)
 
 
 def load_drawings(members: Sequence[bytes]) -> NDArray[np.uint8]:

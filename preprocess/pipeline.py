@@ -7,11 +7,11 @@ interrupted and an undisturbed run write the same bytes, wherever and in whateve
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ from shared import atomic, families
 from shared.cache import schema, writer
 from shared.cache.reader import Layer, LayerSummary, open_layer, wanted
 from shared.cache.schema import Reads, Sample
+from shared.cache.storage import LocalStorage
 from shared.errors import EXIT_INCOMPLETE, UserError
 from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
@@ -86,6 +87,7 @@ class _Stage:
     def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, data: Path, cache: Path) -> None:
         self.options, self.family, self.model, self.data, self.cache = options, family, model, data, cache
         self.layers = Layers(options, model)
+        self.storage = LocalStorage(cache.absolute())
         self._inputs: dict[Reads, dict[str, str]] = {}
 
     def run(self, records: Sequence[sources.Record]) -> int:
@@ -123,7 +125,7 @@ class _Stage:
             name=work.name, folder=work.folder.name, reads=work.reads, fingerprint=work.layer.fingerprint,
             recipe=work.layer.recipe, fields=tuple(work.layer.fields), shards=tuple(shard for shard, _ in shards),
         )  # fmt: skip
-        return open_layer(work.folder, summary, shards, self._wanted(work.reads))
+        return open_layer(self.storage, summary, shards, self._wanted(work.reads))
 
     def _wanted(self, reads: Reads) -> dict[str, str]:
         if reads not in self._inputs:
@@ -187,8 +189,9 @@ class _Stage:
         if not any(work.missing for work in works):
             return
         setup = Setup(
-            options=replace(self.options, cache=os.path.abspath(self.cache)),
+            options=self.options,
             model=replace(self.model, path=self.model.path.absolute()),
+            storage=self.storage,
             num_threads=torch.get_num_threads(),
         )
         by_name = {work.name: work for work in works}
@@ -226,12 +229,12 @@ class _Stage:
         sample = self.samples[key]
         if drawings is None:
             return PlacedImage(sample, work.reads, self.data)
-        error = drawings.errors.get(key)
-        members = {} if error is not None else drawings.members(key)
+        drawn = partial(Drawings, key, sample.input(work.reads), sample.source, drawings.summary.name)
+        if (error := drawings.errors.get(key)) is not None:
+            return drawn(None, (), error)
+        members = drawings.members(key)
         places = tuple(members[name] for name in sorted(members, key=lambda name: int(name.split(".")[0])))
-        return Drawings(
-            key, sample.input(work.reads), sample.source, drawings.summary.name, str(drawings.folder), places, error
-        )
+        return drawn(drawings.tar(int(places[0].shard)), places, None)
 
     def _publish(self, works: Sequence[Work]) -> list[str]:
         """Write the lists, the tables and last the manifest; the names of the other conditions that stay come back."""

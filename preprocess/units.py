@@ -17,6 +17,7 @@ from preprocess.images import ImageError
 from shared.cache import schema
 from shared.cache.reader import Place, read_member
 from shared.cache.schema import Caption, Reads, Sample
+from shared.cache.storage import Listed, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class PlacedImage:
         """For people."""
         return self.sample.source
 
-    def load(self) -> NDArray[np.uint8]:
+    def load(self, storage: Storage) -> NDArray[np.uint8]:
         """uint8 (H, W, 3). Raises as `encode.load_placed`."""
         return encode.load_placed(self.data, self.sample, self.reads)
 
@@ -56,18 +57,20 @@ class Drawings:
     name: str
     """The image's, for people."""
     layer: str
-    folder: str
-    """Path of the layer that holds them."""
+    """That holds them."""
+    tar: Listed | None
+    """Of that layer."""
     places: tuple[Place, ...]
-    """Of 0.png to R-1.png."""
+    """Of 0.png to R-1.png in the tar."""
     error: str | None
     """Why there are none."""
 
-    def load(self) -> NDArray[np.uint8]:
+    def load(self, storage: Storage) -> NDArray[np.uint8]:
         """uint8 (R, H, W, 3). Raises `ImageError` where there are none, `CacheError` where they were altered."""
         if self.error is not None:
             raise ImageError(self.error)
-        return encode.load_drawings([read_member(Path(self.folder), self.layer, self.key, p) for p in self.places])
+        assert self.tar is not None
+        return encode.load_drawings([read_member(storage, self.tar, self.layer, self.key, p) for p in self.places])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class Text:
         text = " ".join(self.caption.text.split())
         return f"caption '{text if len(text) <= 60 else text[:59] + chr(0x2026)}'"
 
-    def load(self) -> str:
+    def load(self, storage: Storage) -> str:
         """The text."""
         return self.caption.text
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from queue import Queue
 from typing import Any
 
@@ -26,6 +26,7 @@ from preprocess.lookahead import Ahead
 from preprocess.units import Unit
 from shared import families
 from shared.cache import writer
+from shared.cache.storage import Storage
 from shared.errors import UserError
 from shared.model_folder import ModelFolder, resolve
 
@@ -41,8 +42,9 @@ class Setup:
     """What a worker must know beside its units: the same for all of a run."""
 
     options: PreprocessConfig
-    """Paths in it are absolute."""
     model: ModelFolder
+    storage: Storage
+    """The cache's."""
     num_threads: int
     """Of torch, as in the process that started the run: sums of another number of threads round otherwise."""
 
@@ -65,7 +67,7 @@ class Worker:
         torch.set_num_threads(setup.num_threads)
         options = setup.options
         self.device, self._elsewhere = device, elsewhere
-        self._cache = Path(options.cache)
+        self._storage = setup.storage
         self._layers = Layers(options, _found(setup) if elsewhere else setup.model)
         self._readers = ThreadPoolExecutor(options.encode.workers, "read")
         self._finishers = ThreadPoolExecutor(options.encode.workers, "finish")
@@ -85,10 +87,14 @@ class Worker:
     def begin(self, unit: Unit) -> Begun:
         """Begin to load the unit's first batch."""
         layer = self._layers[unit.layer]
-        if writer.is_finished(self._cache / unit.folder, unit.number, unit.rows):
+        if self._is_finished(unit):
             return Begun(unit, None)
         ahead = layer.batch_size + self._layers.options.encode.workers
-        return Begun(unit, Ahead(encode.load, unit.items, self._readers, ahead))
+        return Begun(unit, Ahead(partial(encode.load, self._storage), unit.items, self._readers, ahead))
+
+    def _is_finished(self, unit: Unit) -> bool:
+        folder = self._storage.root / unit.folder
+        return writer.is_finished(folder, unit.number, unit.rows, self._storage)
 
     def encode(self, begun: Begun, on_rows: OnRows) -> Future[None]:
         """Encode the unit, in the caller's thread; the future is done when its shard is written."""
@@ -146,9 +152,8 @@ class Worker:
     def _write(self, unit: Unit, batches: _Batches, on_rows: OnRows) -> None:
         """By the writer's thread: the shard of the unit, of what the encoder puts there."""
         inputs = dict(unit.rows)
-        folder = self._cache / unit.folder
         try:
-            with writer.ShardWriter(folder, unit.number) as shard:
+            with writer.ShardWriter(self._storage.root / unit.folder, unit.number, self._storage) as shard:
                 for batch in batches:
                     for future in batch:
                         row = future.result()
@@ -157,7 +162,7 @@ class Worker:
                         else:
                             shard.add(row.key, inputs[row.key], row.members)
                     on_rows(len(batch))
-                if writer.is_finished(folder, unit.number, unit.rows):
+                if self._is_finished(unit):
                     raise _UnwantedError  # another try of this unit, when this one was taken for lost
         except _UnwantedError:
             pass

@@ -60,8 +60,9 @@ class RayWorkers(Workers):
         self._impatient_at = time.monotonic() + _PATIENCE_SECONDS
 
     def start(self, worker: int) -> None:
-        if self._marker is None and "://" not in self._setup.options.cache:
-            self._marker = Path(self._setup.options.cache) / f"ray-{secrets.token_hex(4)}{atomic.PART}"
+        storage = self._setup.storage
+        if self._marker is None and not storage.remote:
+            self._marker = storage.root / f"ray-{secrets.token_hex(4)}{atomic.PART}"
             self._marker.touch()
         actor = self._ray.remote(_Actor).options(
             num_cpus=self._share.num_cpus, num_gpus=self._share.num_gpus, max_concurrency=AHEAD + 1, max_restarts=0,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -375,23 +375,36 @@ class Cache:
         return self._wanted[reads]
 
 
-def parse_safetensors(data: memoryview) -> dict[str, torch.Tensor]:
-    """The tensors in a safetensors file held in memory, as views of it (the format: 8 bytes, a JSON header, data)."""
+class Extent(NamedTuple):
+    """Where a tensor is in a safetensors file: bytes `begin` to `end` (not included), counted from the file's start."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def safetensors_layout(data: memoryview) -> dict[str, Extent]:
+    """The tensors of a safetensors file held in memory (the format: 8 bytes, a JSON header, the tensors' bytes)."""
     header_bytes = int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(bytes(data[8 : 8 + header_bytes]))
+    start = 8 + header_bytes
+    return {
+        name: Extent(_DTYPES[entry["dtype"]], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def parse_safetensors(data: memoryview) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file held in memory, as views of it."""
     tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        dtype = _DTYPES[entry["dtype"]]
+    for name, (dtype, shape, begin, end) in safetensors_layout(data).items():
         if end == begin:
-            tensors[name] = torch.empty(entry["shape"], dtype=dtype)
+            tensors[name] = torch.empty(shape, dtype=dtype)
         else:
-            flat = torch.frombuffer(
-                data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=8 + header_bytes + begin
-            )
-            tensors[name] = flat.view(entry["shape"])
+            flat = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin)
+            tensors[name] = flat.view(shape)
     return tensors
 
 
@@ -409,5 +422,5 @@ def usable(samples: Iterable[Sample], layers: Iterable[Layer], caption_layers: I
 
 __all__ = [
     "SAFETENSORS", "Cache", "CacheError", "Caption", "Layer", "LayerSummary", "Place", "Places", "SampleIndex",
-    "open_layer", "parse_safetensors", "read_member", "usable", "wanted",
+    "open_layer", "parse_safetensors", "read_member", "safetensors_layout", "usable", "wanted",
 ]  # fmt: skip

@@ -300,6 +300,20 @@ def publish(
             storage.remove(name)  # of a layer that the manifest no longer names: made again where it returns
 
 
+def publish_layers_again(cache: Path, without: Mapping[str, Container[str]], storage: Storage | None = None) -> None:
+    """Write the lists of these layers without some of their shards (layer to shard names), in which no row is wanted,
+    and the manifest: nobody looks at those shards any more, and their files can go. Rows that are wanted are found
+    where they were. Raises `CacheError` where the manifest or a list is damaged."""
+    storage = storage or LocalStorage(cache)
+    manifest = schema.read_sealed(cache / schema.MANIFEST)
+    for name, shards in without.items():
+        entry = manifest["layers"][name]
+        entry |= publish_layer_again(cache / entry["folder"], storage, shards)
+    atomic.write_json(cache / schema.MANIFEST, schema.seal(manifest))
+    storage.finished(schema.MANIFEST)
+    storage.flush()
+
+
 def _places(folder: Path, storage: Storage, ordered: Sequence[Sample], captions: Sequence[Caption]) -> index.Places:
     """Where each row of a layer is."""
     rows = schema.wanted(schema.read_sealed(folder / schema.LAYER)["reads"], ordered, captions)
