@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from preprocess import conditions
+from preprocess.engine import EngineOptions
 from preprocess.geometry import GeometryOptions, bucket_sizes
 from preprocess.sources import SourceOptions
 from shared import families
@@ -36,6 +37,9 @@ class EncodeOptions:
     """Threads that read, decode and crop images."""
     shard_rows: int | None = None
     """Rows of one shard, the unit of work that an interruption can lose. Default: by layer, some hundred MB."""
+    retry_errors: bool = False
+    """Try again what had no result in an earlier run (an encoder gave NaN, a drawing was broken) though nothing that it
+    depends on has changed. Touch it after mending what was at fault: a driver, memory, a library."""
 
     def check(self) -> None:
         """Refuse impossible values."""
@@ -84,6 +88,7 @@ class PreprocessConfig:
     geometry: GeometryOptions = field(default_factory=GeometryOptions)
     conditions: ConditionOptions = field(default_factory=ConditionOptions)
     encode: EncodeOptions = field(default_factory=EncodeOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
     def check(self) -> None:
         """Refuse impossible values, of the parts too."""
@@ -99,6 +104,8 @@ class PreprocessConfig:
             raise UserError(f"text_length must be from 1 to {family.max_text_length}, not {self.text_length}")
         if not 0 <= self.validation_fraction < 1 or self.validation_max < 0:
             raise UserError("validation_fraction is a share from 0 to below 1, validation_max 0 or more")
-        for part in (self.source, self.geometry, self.encode):
+        for part in (self.source, self.geometry, self.encode, self.engine):
             part.check()
+        if self.device == "cpu" and self.engine.gpus:
+            raise UserError("engine.gpus names GPUs, but device is cpu: leave one of them out")
         bucket_sizes(self.geometry, family.size_multiple)

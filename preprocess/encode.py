@@ -1,12 +1,14 @@
-"""Run one producer over one shard's worth of rows: images or captions in, members of the shard out, in batches."""
+"""How the rows of a layer are made: loaded by threads, encoded in batches, made into the bytes of their members."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +18,33 @@ from safetensors.torch import save
 
 from preprocess import geometry, images
 from preprocess.images import ImageError
-from preprocess.lookahead import mapped
 from preprocess.sources import Blob
-from shared.cache.reader import SAFETENSORS, Layer
-from shared.cache.schema import Caption, Reads, Sample
+from shared.cache.reader import SAFETENSORS
+from shared.cache.schema import Reads, Sample
+from shared.cache.storage import Storage
 from shared.errors import UserError
 from shared.families.base import Encode, Tensors
 
 Members = dict[str, bytes]
+T = TypeVar("T")
+
+
+class Item(Protocol):
+    """What one row of a shard is made from."""
+
+    @property
+    def key(self) -> str:
+        """Of the sample or caption."""
+
+    @property
+    def input(self) -> str:
+        """Digest of what the row is made from."""
+
+    def load(self, storage: Storage) -> Any:
+        """What the producer takes: pixels, uint8 (..., H, W, 3), or a text. `storage`: the cache's. Called by threads.
+
+        Raises `ImageError` with the reason why there is nothing, `UserError` where the run cannot go on.
+        """
 
 
 @dataclass(frozen=True)
@@ -35,76 +56,60 @@ class Row:
     error: str | None
 
 
-Produce = Callable[[Sequence[str]], Iterator[Row]]
-"""Keys of one shard -> a row for each; the same keys in the same order give the same rows in the same order."""
-
-Load = Callable[[str], NDArray[np.uint8]]
-"""Key -> its pixels, uint8 (..., H, W, 3), or `ImageError` with the reason why there are none. Called by threads."""
+Finish = Callable[[], Row]
+"""The last step of a row, for threads: what came out of the encoder becomes bytes while the next batch is encoded."""
 
 Draw = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """uint8 (B, H, W, 3) -> uint8 (B, R, H, W, 3)."""
 
 
-Keep = Callable[[str, Tensors], Tensors]
-"""A key and what the encoder gave for it -> what of it is kept."""
+@dataclass(frozen=True)
+class Producer:
+    """What makes the rows of a layer, loaded onto its device."""
+
+    encode: Callable[[Sequence[Any]], Sequence[Any]]
+    """A batch of what was loaded -> for each what `finish` takes. One call at a time."""
+    finish: Callable[[Item, Any], Row]
+    """An item and what came of it -> its row. By any thread."""
+
+    def batch(self, items: Sequence[Item], loaded: Sequence[Any]) -> list[Finish]:
+        """Encode one batch: the last steps of its rows. Those that could not be loaded (`ImageError`) come first."""
+        pairs = list(zip(items, loaded, strict=True))
+        sound = [(item, found) for item, found in pairs if not isinstance(found, ImageError)]
+        lost = [partial(Row, item.key, None, str(found)) for item, found in pairs if isinstance(found, ImageError)]
+        encoded = self.encode([found for _, found in sound]) if sound else []
+        return [*lost, *(partial(self.finish, item, one) for (item, _), one in zip(sound, encoded, strict=True))]
 
 
-def tensors_rows(keys: Sequence[str], tensors: Tensors, keep: Keep | None = None) -> Iterator[Row]:
-    """Rows of a batch's tensors (B, ...). A row with a value that is not finite becomes an error."""
-    for i, key in enumerate(keys):
-        row = {name: tensor[i].contiguous() for name, tensor in tensors.items()}
-        row = row if keep is None else keep(key, row)
-        bad = [name for name, tensor in row.items() if not torch.isfinite(tensor).all()]
-        if bad:
-            yield Row(key, None, f"the encoder gave values that are not finite ({', '.join(bad)})")
-        else:
-            yield Row(key, {SAFETENSORS: save(row)}, None)
+def load(storage: Storage, item: Item) -> Any:
+    """What the item loads, or the `ImageError` that says why there is nothing: a row's reason, and no error."""
+    try:
+        return item.load(storage)
+    except ImageError as error:
+        return error
 
 
-def captions_producer(captions: dict[str, Caption], encode: Encode, batch_size: int) -> Produce:
+def captions_producer(encode: Encode) -> Producer:
     """Captions -> embeddings."""
-
-    def produce(keys: Sequence[str]) -> Iterator[Row]:
-        for batch in batched(keys, batch_size):
-            yield from tensors_rows(batch, encode([captions[key].text for key in batch]))
-
-    return produce
+    return Producer(lambda texts: _by_row(encode(list(texts)), len(texts)), tensors_row)
 
 
-def images_producer(load: Load, encode: Encode, batch_size: int, workers: int, keep: Keep | None = None) -> Produce:
-    """Placed images (all of one shape) -> latents."""
-
-    def produce(keys: Sequence[str]) -> Iterator[Row]:
-        for loaded in _load_batches(load, keys, batch_size, workers):
-            yield from loaded.failed
-            if loaded.keys:
-                yield from tensors_rows(loaded.keys, encode(np.stack(loaded.pixels)), keep)
-
-    return produce
+Keep = Callable[[Item, Tensors], Tensors]
+"""What the encoder gave for an item -> what of it is kept."""
 
 
-def drawings_producer(load: Load, draw: Draw, batch_size: int, workers: int) -> Produce:
+def images_producer(encode: Encode, keep: Keep | None = None) -> Producer:
+    """Placed images, or the drawings of each sample (all of one shape) -> latents."""
+
+    def finish(item: Item, tensors: Tensors) -> Row:
+        return tensors_row(item, tensors if keep is None else keep(item, tensors))
+
+    return Producer(lambda pixels: _by_row(encode(np.stack(pixels)), len(pixels)), finish)
+
+
+def drawings_producer(draw: Draw) -> Producer:
     """Placed images -> drawings as PNG, `0.png` to `R-1.png`: what the VAE is then given, and a person can look at."""
-
-    def drawn(keys: Sequence[str]) -> Iterator[Row | tuple[str, NDArray[np.uint8] | ImageError]]:
-        for loaded in _load_batches(load, keys, batch_size, workers):
-            yield from loaded.failed
-            if loaded.keys:
-                yield from zip(loaded.keys, draw_each(draw, np.stack(loaded.pixels)), strict=True)
-
-    def finish(item: Row | tuple[str, NDArray[np.uint8] | ImageError]) -> Row:
-        if isinstance(item, Row):
-            return item
-        key, drawings = item
-        if isinstance(drawings, ImageError):
-            return Row(key, None, str(drawings))
-        return Row(key, _pngs(drawings), None)
-
-    def produce(keys: Sequence[str]) -> Iterator[Row]:
-        # While one batch is drawn, the PNGs of the one before are made.
-        return mapped(finish, drawn(keys), workers, ahead=batch_size)
-
-    return produce
+    return Producer(lambda pixels: draw_each(draw, np.stack(pixels)), drawings_row)
 
 
 def draw_each(draw: Draw, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8] | ImageError]:
@@ -118,57 +123,38 @@ def draw_each(draw: Draw, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8] |
         return [drawings for image in pixels for drawings in draw_each(draw, image[None])]
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """One batch after its images were read: those that could be, and a row for each that could not."""
-
-    keys: list[str]
-    pixels: list[NDArray[np.uint8]]
-    failed: list[Row]
+def _by_row(tensors: Tensors, count: int) -> list[Tensors]:
+    """A batch's tensors (B, ...) -> those of each row."""
+    return [{name: tensor[i] for name, tensor in tensors.items()} for i in range(count)]
 
 
-def _load_batches(load: Load, keys: Sequence[str], batch_size: int, workers: int) -> Iterator[_Loaded]:
-    """Batches of `keys` in order. While the caller works on one, the next is read."""
-
-    def attempt(key: str) -> NDArray[np.uint8] | Row:
-        try:
-            return load(key)
-        except ImageError as error:
-            return Row(key, None, str(error))
-
-    results = mapped(attempt, keys, workers, ahead=batch_size + workers)
-    for batch in batched(keys, batch_size):
-        loaded = _Loaded([], [], [])
-        for key, result in zip(batch, results, strict=False):  # `results` goes on in the next batch
-            if isinstance(result, Row):
-                loaded.failed.append(result)
-            else:
-                loaded.keys.append(key)
-                loaded.pixels.append(result)
-        yield loaded
+def tensors_row(item: Item, tensors: Tensors) -> Row:
+    """The row of an item's tensors. A value that is not finite makes it an error."""
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        return Row(item.key, None, f"the encoder gave values that are not finite ({', '.join(bad)})")
+    return Row(item.key, {SAFETENSORS: save({name: tensor.contiguous() for name, tensor in tensors.items()})}, None)
 
 
-def _pngs(drawings: NDArray[np.uint8]) -> Members:
+def drawings_row(item: Item, drawings: NDArray[np.uint8] | ImageError) -> Row:
+    """The row of a sample's drawings (R, H, W, 3): a PNG of each, grey where it is grey."""
+    if isinstance(drawings, ImageError):
+        return Row(item.key, None, str(drawings))
     members = {}
     for r, drawing in enumerate(drawings):
         grey = (drawing == drawing[..., :1]).all()
         buffer = io.BytesIO()
         Image.fromarray(drawing[..., 0] if grey else drawing).save(buffer, format="PNG", compress_level=6)
         members[f"{r}.png"] = buffer.getvalue()
-    return members
+    return Row(item.key, members, None)
 
 
-def load_drawings(drawings: Layer, key: str) -> NDArray[np.uint8]:
-    """The drawings of a sample, uint8 (R, H, W, 3), in their order. Raises `ImageError` where there are none."""
-    if key in drawings.errors:
-        raise ImageError(drawings.errors[key])
-    members = sorted(drawings.members(key), key=lambda member: int(member.split(".")[0]))
-    pages = [Image.open(io.BytesIO(drawings.read(key, member))).convert("RGB") for member in members]
-    return np.stack([np.asarray(page) for page in pages])
+def load_drawings(members: Sequence[bytes]) -> NDArray[np.uint8]:
+    """The drawings of a sample, uint8 (R, H, W, 3), from their PNGs."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(member)).convert("RGB")) for member in members])
 
 
-def load_placed(blobs: Mapping[str, Blob], sample: Sample, reads: Reads) -> NDArray[np.uint8]:
-    """The pixels of a sample after its placement, uint8 (H, W, 3). `blobs`: where each source's bytes are.
+def load_placed(blob: Blob | None, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
+    """The pixels of a sample after its placement, uint8 (H, W, 3). `blob`: where the bytes of what is read are.
 
     Raises `ImageError` where they cannot be had, `UserError` where the file has changed since it was planned: its cache
     entry would bear another image's hash.
@@ -181,14 +167,13 @@ def load_placed(blobs: Mapping[str, Blob], sample: Sample, reads: Reads) -> NDAr
     if expected is None:
         raise ImageError(f"its conditioning image {name} cannot be read")
     assert sample.placement is not None
+    assert blob is not None, f"{name} was read when it was planned"
     try:
-        content = blobs[name].read()
+        content = blob.read()
     except OSError as error:
-        raise UserError(
-            f"{blobs[name].where} can no longer be read ({error.strerror}); run the same command again"
-        ) from error
+        raise UserError(f"{blob.where} can no longer be read ({error.strerror}); run the same command again") from error
     if hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(f"{blobs[name].where} changed while it was being preprocessed; run the same command again")
+        raise UserError(f"{blob.where} changed while it was being preprocessed; run the same command again")
     try:
         pixels = images.decode(content)
     except ImageError as error:
@@ -196,7 +181,7 @@ def load_placed(blobs: Mapping[str, Blob], sample: Sample, reads: Reads) -> NDAr
     return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
 
 
-def batched(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """`keys` in pieces of `size`, the last one shorter."""
-    for i in range(0, len(keys), size):
-        yield keys[i : i + size]
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """`items` in pieces of `size`, the last one shorter."""
+    for i in range(0, len(items), size):
+        yield items[i : i + size]

@@ -1,64 +1,61 @@
-"""The preprocessing stage: records -> plan -> missing rows of each layer -> shards -> layers -> the manifest, last.
+"""The preprocessing stage: records -> plan -> missing rows of each layer -> units -> shards -> the manifest, last.
 
 A layer's rows that are already in finished shards are never made again, whatever made them: an interrupted run, an
 earlier state of the data set, another condition. What is missing is cut into shards in a fixed order, so that an
-interrupted and an undisturbed run write the same bytes.
+interrupted and an undisturbed run write the same bytes, wherever and in whatever order the units are made.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from preprocess import conditions, encode, plan, sources
 from preprocess.config import PreprocessConfig
-from preprocess.encode import Produce
+from preprocess.engine import Engine, open_workers
+from preprocess.layers import Layers, PlannedLayer, components
+from preprocess.units import Drawings, Item, PlacedImage, Text, Unit
+from preprocess.worker import Setup
 from shared import atomic, families
 from shared.cache import schema, writer
 from shared.cache.reader import Layer, LayerSummary, open_layer, wanted
-from shared.cache.schema import Field, Reads, Sample
+from shared.cache.schema import Reads, Sample
 from shared.cache.storage import LocalStorage
 from shared.config import to_dict
 from shared.errors import EXIT_INCOMPLETE, UserError
-from shared.families.base import Family, LayerKind, Tensors
+from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import progress, quiet_libraries, say, table, versions, warn
 
-_DRAWING = (Field("R.png", "uint8", "H W or H W 3", "the drawing that was encoded, 0.png to R-1.png, white on black"),)
 _HOW = ("cache", "device", "encode", "engine")
 """Options that say where and how a cache is made, and not what it is."""
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
 class Work:
     """One layer to be brought up to date."""
 
-    name: str
-    reads: Reads
-    recipe: Mapping[str, Any]
-    fields: tuple[Field, ...]
-    shard_rows: int
-    row_bytes: Callable[[int], int]
-    """Pixels of a sample -> its bytes on disk, for the check before the start."""
-    open: Callable[[], AbstractContextManager[Produce]]
-    """Load the producer, for the length of a `with` block."""
-    folder: Path = field(default_factory=Path)
+    layer: PlannedLayer
+    folder: Path
     missing: list[str] = field(default_factory=list)
     """Keys whose rows have to be made, in shard order."""
 
     @property
-    def fingerprint(self) -> str:
-        """Of the recipe."""
-        return schema.fingerprint(self.recipe)
+    def name(self) -> str:
+        """The layer's."""
+        return self.layer.name
+
+    @property
+    def reads(self) -> Reads:
+        """What the layer is made from."""
+        return self.layer.reads
 
 
 def preprocess(options: PreprocessConfig) -> int:
@@ -74,8 +71,7 @@ def preprocess(options: PreprocessConfig) -> int:
     for remark in source.remarks():
         warn(remark)
     _check_conditioning(options, source, source.conditioned)
-    components = sorted({component for kind in family.layers for component in kind.components})
-    model = resolve(options.model or family.default_model, components, options.revision)
+    model = resolve(options.model or family.default_model, components(family), options.revision)
     family.check_encoders(model)
     with atomic.alone(cache, "preprocessing into"):
         return _Stage(options, family, model, cache).run(source)
@@ -93,13 +89,13 @@ def _check_conditioning(options: PreprocessConfig, source: sources.Source, condi
 class _Stage:
     def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, cache: Path) -> None:
         self.options, self.family, self.model, self.cache = options, family, model, cache
-        self.device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
-        self.dtype = _DTYPES[options.precision]
-        self.text_length = options.text_length or family.max_text_length
+        self.layers = Layers(options, model)
+        self.storage = LocalStorage(cache.absolute())
         self._inputs: dict[Reads, dict[str, str]] = {}
 
     def run(self, source: sources.Source) -> int:
-        works = self._works()  # before the images are read: it refuses where a detector's weights are missing
+        # Before the images are read: a recipe refuses where a detector's weights are missing.
+        works = [Work(layer, self.cache / layer.folder) for layer in self.layers]
         self.plan = self._plan(source)
         _check_conditioning(self.options, source, any(s.conditioning_source is not None for s in self.plan.samples))
         self.samples = {sample.key: sample for sample in self.plan.samples}
@@ -109,9 +105,9 @@ class _Stage:
             self._find_missing(work)
         self._check_disk(works)
         self._warn_truncated(works)
-        made = {work.name: self._do(work) for work in works}
+        self._make(works)
         kept = self._publish(works)
-        return self._report(works, made, kept)
+        return self._report(works, kept)
 
     def _plan(self, source: sources.Source) -> plan.Plan:
         path = self.cache / schema.SAMPLES
@@ -127,111 +123,14 @@ class _Stage:
             )
         return made
 
-    # The layers
-
-    def _works(self) -> list[Work]:
-        by_reads: dict[str, list[Work]] = {"image": [], "condition": [], "caption": []}
-        for kind in self.family.layers:
-            if kind.reads == "condition":
-                continue
-            by_reads[kind.reads].append(self._work(kind, kind.name, "image" if kind.reads == "image" else "caption"))
-        for name in self.options.condition:
-            drawing = self._drawing_work(name)
-            by_reads["condition"].append(drawing)
-            for kind in self._condition_kinds():
-                by_reads["condition"].append(self._work(kind, kind.name_in_cache(name), drawing.reads, drawing))
-        return [*by_reads["image"], *by_reads["condition"], *by_reads["caption"]]
-
-    def _recipe(self, name: str, rest: Mapping[str, Any]) -> dict[str, Any]:
-        return {"layer": name, "schema_version": schema.SCHEMA_VERSION, **rest}
-
-    def _condition_kinds(self) -> list[LayerKind]:
-        return [kind for kind in self.family.layers if kind.reads == "condition"]
-
-    def _encoder_recipe(self, kind: LayerKind, name: str, drawings: str | None) -> dict[str, Any]:
-        """`drawings`: fingerprint of the layer that is encoded, where it is not the images or captions themselves."""
-        recipe = self.family.encoder_recipe(kind, self.model, self.text_length, self.options.posterior)
-        recipe["precision"] = str(self.dtype).removeprefix("torch.")
-        if drawings is not None:
-            recipe["drawings"] = drawings
-        elif kind.reads == "image":
-            recipe["resampling"] = "lanczos"
-        return self._recipe(name, recipe)
-
-    def _work(self, kind: LayerKind, name: str, reads: Reads, drawing: Work | None = None) -> Work:
-        recipe = self._encoder_recipe(kind, name, None if drawing is None else drawing.fingerprint)
-        num_drawings = 1 if drawing is None else self._condition(drawing.name).num_drawings
-        work = Work(
-            name=name,
-            reads=reads,
-            recipe=recipe,
-            fields=tuple(
-                replace(f, dtype=recipe["precision"]) if f.dtype == "as encoded" else f
-                for f in self.family.fields(kind, self.options.posterior)
-            ),
-            shard_rows=self.options.encode.shard_rows or kind.shard_rows,
-            row_bytes=lambda pixels: (
-                num_drawings
-                * self.family.row_bytes(kind, self.model, self.dtype, pixels, self.text_length, self.options.posterior)
-            ),
-            open=lambda: self._open(kind, name, reads, drawing),
-        )
-        work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
-        return work
-
-    @contextmanager
-    def _open(self, kind: LayerKind, name: str, reads: Reads, drawing: Work | None) -> Iterator[Produce]:
-        encoder = self.family.open_encoder(kind, self.model, self.device, self.dtype, self.text_length)
-        size, inputs = self.options.encode, self._wanted(reads)
-
-        def keep(key: str, tensors: Tensors) -> Tensors:
-            return self.family.keep(kind, tensors, self.options.posterior, f"{name}/{inputs[key]}")
-
-        if kind.reads == "caption":
-            yield encode.captions_producer(self.captions, encoder, size.text_batch)
-        elif drawing is None:
-            yield encode.images_producer(self._load("image"), encoder, size.image_batch, size.workers, keep)
-        else:
-            layer = self._layer(drawing)
-            # A sample's drawings are encoded together: fewer samples at a time in the same memory.
-            batch = max(1, size.image_batch // self._condition(drawing.name).num_drawings)
-            load = partial(encode.load_drawings, layer)
-            yield encode.images_producer(load, encoder, batch, size.workers, keep)
-
-    @contextmanager
-    def _open_drawer(self, condition: conditions.Condition[Any]) -> Iterator[Produce]:
-        size = self.options.encode
-        with condition.open(self.device) as draw:
-            yield encode.drawings_producer(self._load(condition.reads), draw, size.image_batch, size.workers)
-
-    def _condition(self, name: str) -> conditions.Condition[Any]:
-        return conditions.get(name)(getattr(self.options.conditions, name))
-
-    def _drawing_work(self, name: str) -> Work:
-        condition = self._condition(name)
-        work = Work(
-            name=name,
-            reads=condition.reads,
-            recipe=self._recipe(name, {"condition": name, "resampling": "lanczos", **condition.recipe()}),
-            fields=_DRAWING,
-            shard_rows=self.options.encode.shard_rows or 256,
-            row_bytes=lambda pixels: condition.num_drawings * (int(pixels * condition.png_bytes_per_pixel) + 1024),
-            open=lambda: self._open_drawer(condition),
-        )
-        work.folder = self.cache / schema.layer_folder(name, work.fingerprint)
-        return work
-
-    def _load(self, reads: Reads) -> encode.Load:
-        return lambda key: encode.load_placed(self.plan.blobs, self.samples[key], reads)
-
     def _layer(self, work: Work) -> Layer:
         """A layer that was just completed, opened for reading."""
         shards = list(writer.finished_shards(work.folder))
         summary = LayerSummary(
-            name=work.name, folder=work.folder.name, reads=work.reads, fingerprint=work.fingerprint,
-            recipe=work.recipe, fields=work.fields, shards=tuple(shard for shard, _ in shards),
+            name=work.name, folder=work.folder.name, reads=work.reads, fingerprint=work.layer.fingerprint,
+            recipe=work.layer.recipe, fields=tuple(work.layer.fields), shards=tuple(shard for shard, _ in shards),
         )  # fmt: skip
-        return open_layer(LocalStorage(self.cache), summary, shards, self._wanted(work.reads))
+        return open_layer(self.storage, summary, shards, self._wanted(work.reads))
 
     def _wanted(self, reads: Reads) -> dict[str, str]:
         if reads not in self._inputs:
@@ -241,12 +140,15 @@ class _Stage:
     # What is missing, and whether it fits
 
     def _find_missing(self, work: Work) -> None:
-        done = writer.finished_rows(work.folder)
-        work.missing = [
-            key for key, input_digest in self._wanted(work.reads).items() if (key, input_digest) not in done
-        ]
-        if work.reads != "caption":  # a shard holds samples of one shape
-            work.missing.sort(key=lambda key: (self._shape(key), key))
+        done = writer.finished_rows(work.folder, errors=not self.options.encode.retry_errors)
+        missing = {key for key, input_digest in self._wanted(work.reads).items() if (key, input_digest) not in done}
+        if work.reads == "caption":  # in the plan's order: along those of the samples that have them
+            work.missing = [caption.id for caption in self.plan.captions if caption.id in missing] if missing else []
+        else:  # a shard holds samples of one shape
+            work.missing = sorted(missing, key=self._shape_and_key)
+
+    def _shape_and_key(self, key: str) -> tuple[tuple[int, int], str]:
+        return self._shape(key), key
 
     def _shape(self, key: str) -> tuple[int, int]:
         sample = self.samples[key]
@@ -254,19 +156,12 @@ class _Stage:
         assert sample.bucket_height is not None
         return sample.bucket_width, sample.bucket_height
 
-    def _units(self, work: Work) -> list[list[str]]:
-        """The missing rows cut into shards: in order, of one shape, `shard_rows` each."""
-        groups: dict[Any, list[str]] = {}
-        for key in work.missing:
-            groups.setdefault(None if work.reads == "caption" else self._shape(key), []).append(key)
-        return [list(unit) for group in groups.values() for unit in encode.batched(group, work.shard_rows)]
-
     def _check_disk(self, works: Sequence[Work]) -> None:
         needed = 0
         for work in works:
             for key in work.missing:
                 pixels = 0 if work.reads == "caption" else self._shape(key)[0] * self._shape(key)[1]
-                needed += work.row_bytes(pixels)
+                needed += work.layer.row_bytes(pixels)
         free = shutil.disk_usage(self.cache).free
         if needed > free:
             raise UserError(
@@ -281,46 +176,71 @@ class _Stage:
         if not any(work.missing for work in works if work.reads == "caption"):
             return
         texts = [caption.text for caption in self.plan.captions if caption.text]
-        if truncated := self.family.count_truncated(self.model, texts, self.text_length):
-            warn(f"{truncated} of {len(texts)} captions are cut off after {self.text_length} T5 tokens (text_length)")
+        length = self.layers.text_length
+        if truncated := self.family.count_truncated(self.model, texts, length):
+            warn(f"{truncated} of {len(texts)} captions are cut off after {length} T5 tokens (text_length)")
 
     # Doing it
 
-    def _do(self, work: Work) -> int:
-        """Make the missing rows of one layer; how many it was."""
-        if work.missing:
-            try:
-                self._make_missing(work)
-            except torch.OutOfMemoryError as error:
-                option = "text_batch" if work.reads == "caption" else "image_batch"
-                raise UserError(
-                    f"the GPU's memory is too small to make {work.name} with encode.{option}="
-                    f"{getattr(self.options.encode, option)}; lower it and run again: what is finished stays"
-                ) from error
-            # With the frame of `_make_missing` the encoder is gone: there is one at a time in memory.
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
-        return len(work.missing)
+    def _make(self, works: Sequence[Work]) -> None:
+        """Make all missing rows."""
+        if not any(work.missing for work in works):
+            return
+        setup = Setup(
+            options=self.options,
+            model=replace(self.model, path=self.model.path.absolute()),
+            storage=self.storage,
+            num_threads=torch.get_num_threads(),
+        )
+        by_name = {work.name: work for work in works}
+        try:
+            with _Bars(works) as bars, Engine(open_workers(self.options.engine, setup), bars.count) as engine:
+                for layers in self.layers.stages():
+                    cut = [(by_name[layer.name], keys) for layer in layers for keys in self._cut(by_name[layer.name])]
+                    for _ in engine.map(self._units(cut, by_name), len(cut)):
+                        pass
+        finally:
+            _remove_parts(self.cache)  # of workers that died
 
-    def _make_missing(self, work: Work) -> None:
-        inputs = self._wanted(work.reads)
-        numbers = writer.unused_numbers(work.folder)
-        with work.open() as produce, progress(title=work.name, unit="row", total=len(work.missing)) as bar:
-            for unit in self._units(work):
-                with writer.ShardWriter(work.folder, next(numbers)) as shard:
-                    for row in produce(unit):
-                        if row.members is None:
-                            shard.add_error(row.key, inputs[row.key], row.error or "unknown")
-                        else:
-                            shard.add(row.key, inputs[row.key], row.members)
-                        bar.update()
+    def _cut(self, work: Work) -> list[Sequence[str]]:
+        """The missing rows of a layer cut into shards: in order, of one shape, `shard_rows` each."""
+        groups: dict[Any, list[str]] = {}
+        for key in work.missing:
+            groups.setdefault(None if work.reads == "caption" else self._shape(key), []).append(key)
+        return [keys for group in groups.values() for keys in encode.batched(group, work.layer.shard_rows)]
+
+    def _units(self, cut: Sequence[tuple[Work, Sequence[str]]], works: Mapping[str, Work]) -> Iterator[Unit]:
+        """The units, one at a time: what each row is made from is some KB."""
+        numbers: dict[str, Iterator[int]] = {}
+        drawings: dict[str, Layer] = {}
+        for work, keys in cut:
+            if work.name not in numbers:
+                numbers[work.name] = writer.unused_numbers(work.folder)
+                if work.layer.drawn is not None:
+                    drawings[work.name] = self._layer(works[work.layer.drawn.name])
+            items = tuple(self._item(work, key, drawings.get(work.name)) for key in keys)
+            yield Unit(work.name, work.layer.fingerprint, next(numbers[work.name]), items)
+
+    def _item(self, work: Work, key: str, drawings: Layer | None) -> Item:
+        if work.reads == "caption":
+            return Text(self.captions[key])
+        sample = self.samples[key]
+        if drawings is None:
+            name = sample.conditioning_source if work.reads == "conditioning_image" else sample.source
+            return PlacedImage(sample, work.reads, None if name is None else self.plan.blobs.get(name))
+        drawn = partial(Drawings, key, sample.input(work.reads), sample.source, drawings.summary.name)
+        if (error := drawings.errors.get(key)) is not None:
+            return drawn(None, (), error)
+        members = drawings.members(key)
+        places = tuple(members[name] for name in sorted(members, key=lambda name: int(name.split(".")[0])))
+        return drawn(drawings.tar(int(places[0].shard)), places, None)
 
     def _publish(self, works: Sequence[Work]) -> list[str]:
         """Write the lists, the tables and last the manifest; the names of the other conditions that stay come back."""
         # All at the end: until then the cache as it was before stays whole.
         layers = {
             work.name: writer.publish_layer(
-                work.folder, name=work.name, reads=work.reads, recipe=work.recipe, fields=work.fields,
+                work.folder, name=work.name, reads=work.reads, recipe=work.layer.recipe, fields=work.layer.fields,
                 made_with=versions(),
             )
             for work in works
@@ -355,7 +275,7 @@ class _Stage:
             return {}
         kept = {}
         for condition in sorted(set(conditions.names()) & set(before) - set(self.options.condition)):
-            names = [condition, *(kind.name_in_cache(condition) for kind in self._condition_kinds())]
+            names = [condition, *(kind.name_in_cache(condition) for kind in self.layers.condition_kinds)]
             try:
                 reason = self._unfit(condition, before)
                 if reason is None:
@@ -375,9 +295,9 @@ class _Stage:
         """Why an earlier run's layers of this condition do not go with the samples and the encoders of now."""
         drawings = layers[condition]["fingerprint"]
         expected = {condition: drawings}
-        for kind in self._condition_kinds():
+        for kind in self.layers.condition_kinds:
             name = kind.name_in_cache(condition)
-            expected[name] = schema.fingerprint(self._encoder_recipe(kind, name, drawings))
+            expected[name] = schema.fingerprint(self.layers.encoder_recipe(kind, name, drawings))
         for name, fingerprint in expected.items():
             folder = self.cache / layers[name]["folder"]
             layer = schema.read_sealed(folder / schema.LAYER)
@@ -389,7 +309,7 @@ class _Stage:
 
     # What came of it
 
-    def _report(self, works: Sequence[Work], made: Mapping[str, int], kept: Sequence[str]) -> int:
+    def _report(self, works: Sequence[Work], kept: Sequence[str]) -> int:
         lost: dict[str, tuple[str, str]] = {}
         for sample in self.plan.samples:
             if sample.status == "error":
@@ -407,8 +327,8 @@ class _Stage:
                 (
                     work.folder.name,
                     f"{total:,}",
-                    f"{made[work.name]:,}",
-                    f"{total - made[work.name]:,}",
+                    f"{len(work.missing):,}",
+                    f"{total - len(work.missing):,}",
                     f"{size / 1e6:,.1f}",
                 )
             )
@@ -437,8 +357,33 @@ class _Stage:
         return EXIT_INCOMPLETE
 
 
+class _Bars:
+    """A bar for each layer, from its first row that is made to its last, whoever makes them."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._totals = {work.name: len(work.missing) for work in works}
+        self._made: Counter[str] = Counter()
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+    def count(self, layer: str, rows: int) -> None:
+        """So many rows were made; a negative number were lost with their worker."""
+        if layer not in self._bars:
+            self._bars[layer] = progress(title=layer, unit="row", total=self._totals[layer])
+        self._bars[layer].update(rows)
+        self._made[layer] += rows
+        if self._made[layer] == self._totals[layer]:
+            self._bars.pop(layer).close()
+
+
 def _remove_parts(cache: Path) -> None:
-    """Remove what a killed run was writing: no reader opens it, and it takes space. This process holds the cache."""
+    """Remove what a killed process was writing: no reader opens it, and it takes space. This run holds the cache."""
     for part in [*cache.glob(f"*{atomic.PART}"), *cache.glob(f"*/*{atomic.PART}")]:
         part.unlink()
 

@@ -39,9 +39,7 @@ class Before:
         """What the lists of the cache say."""
         try:
             manifest = schema.read_sealed(cache / schema.MANIFEST)
-            state = State.of(
-                schema.read_samples(cache / schema.SAMPLES), schema.read_captions(cache / schema.CAPTIONS)
-            )
+            state = State.of(schema.read_samples(cache / schema.SAMPLES), schema.read_captions(cache / schema.CAPTIONS))
         except CacheError:
             return cls(finished=False)
         recipes, shards = {}, {}

@@ -18,11 +18,25 @@ from shared.report import warn
 PART = ".part"
 """The ending of what is still being written. A reader never opens it; the next run replaces it."""
 
+_writer = ""
+
+
+def write_as(writer: str) -> None:
+    """From now on the files that this process is writing bear `writer` before their ending: for a process that others
+    may take for dead and do the work of, so that two never write into one file."""
+    global _writer
+    _writer = f".{writer}"
+
+
+def part_of(path: Path) -> Path:
+    """What `path` is called while this process is writing it."""
+    return path.with_name(f"{path.name}{_writer}{PART}")
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` only when the block ends well. A full disk raises `UserError`."""
-    part = path.with_name(path.name + PART)
+    part = part_of(path)
     try:
         with open(part, "wb") as file:
             yield file

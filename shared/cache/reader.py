@@ -135,11 +135,7 @@ class Layer:
         """The refusal of a row whose bytes are not the ones that were written."""
         place = place or self.places.place(number)
         tar = f"{self.storage.url}/{self.summary.folder}/{place.shard}.tar"
-        return CacheError(
-            f"sample '{self._key(number)}' of layer '{self.summary.name}' was altered on disk ({tar} at byte "
-            f"{place.offset}); run `make verify` to see what else is, and `make repair` to encode again what is "
-            "damaged."
-        )
+        return _altered(tar, self.summary.name, self._key(number), place)
 
     def _key(self, number: int) -> str:
         return next(key for key, other in self._numbers().items() if other == number)
@@ -233,6 +229,32 @@ class Layer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         numbers = state.pop("_numbers")
         self.__dict__.update(state, _lock=threading.Lock(), _numbers=lambda: numbers)
+
+
+def _altered(tar: str, layer: str, key: str, place: Place) -> CacheError:
+    return CacheError(
+        f"sample '{key}' of layer '{layer}' was altered on disk ({tar} at byte {place.offset}); run `make verify` to "
+        "see what else is, and `make repair` to encode again what is damaged."
+    )
+
+
+def read_member(storage: Storage, tar: Listed, layer: str, key: str, place: Place) -> bytes:
+    """The bytes of one member of a shard's tar, whose place is known: for who has not opened the layer.
+
+    Raises `CacheError` where they are not the ones that were written.
+    """
+    url = f"{storage.url}/{tar.name}"
+    try:
+        with storage.using(tar) as path, open(path, "rb") as file:
+            file.seek(place.offset)
+            data = file.read(place.length)
+    except FileNotFoundError as error:
+        raise CacheError(f"{url} is missing; {schema.MEND}") from error
+    except OSError as error:
+        raise CacheError(f"{url} cannot be read ({error.strerror}); {schema.MEND}") from error
+    if schema.checksum(data) != place.checksum:
+        raise _altered(url, layer, key, place)
+    return data
 
 
 def open_layer(
@@ -400,5 +422,5 @@ def usable(samples: Iterable[Sample], layers: Iterable[Layer], caption_layers: I
 
 __all__ = [
     "SAFETENSORS", "Cache", "CacheError", "Caption", "Layer", "LayerSummary", "Place", "Places", "SampleIndex",
-    "open_layer", "parse_safetensors", "safetensors_layout", "usable", "wanted",
+    "open_layer", "parse_safetensors", "read_member", "safetensors_layout", "usable", "wanted",
 ]  # fmt: skip

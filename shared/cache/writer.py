@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -156,12 +156,22 @@ def _finished(index: Path, storage: Storage) -> tuple[Shard, pa.Table] | None:
     return shard, table
 
 
-def finished_rows(folder: Path, storage: Storage | None = None) -> set[tuple[str, str]]:
-    """Every (key, input) that the finished shards of this layer hold, errors included."""
+def finished_rows(folder: Path, storage: Storage | None = None, *, errors: bool = True) -> set[tuple[str, str]]:
+    """Every (key, input) that the finished shards of this layer hold; with or without those that have an error."""
     rows: set[tuple[str, str]] = set()
     for _, table in finished_shards(folder, storage):
-        rows.update(zip(table["key"].to_pylist(), table["input"].to_pylist(), strict=True))
+        columns = (table[name].to_pylist() for name in ("key", "input", "status"))
+        rows.update((key, input_) for key, input_, status in zip(*columns, strict=True) if errors or status == "ok")
     return rows
+
+
+def is_finished(folder: Path, number: int, rows: Iterable[tuple[str, str]], storage: Storage | None = None) -> bool:
+    """Whether this shard is finished and holds exactly these rows (key, input)."""
+    finished = _finished(folder / f"{schema.shard_name(number)}.parquet", storage or LocalStorage(folder.parent))
+    if finished is None:
+        return False
+    _, table = finished
+    return set(zip(table["key"].to_pylist(), table["input"].to_pylist(), strict=True)) == set(rows)
 
 
 def unused_numbers(folder: Path, storage: Storage | None = None) -> Iterator[int]:

@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocess import images
+from preprocess import images, pipeline
 from preprocess.conditions.canny import Canny, CannyDrawer
 from preprocess.config import EncodeOptions, PreprocessConfig
+from preprocess.engine import open_workers
 from preprocess.geometry import GeometryOptions
 from preprocess.pipeline import preprocess
 from shared import atomic, families
@@ -460,21 +461,19 @@ def test_a_caption_whose_embeddings_are_not_finite_leaves_its_images_out(
 def test_a_file_that_changes_between_plan_and_encoding_stops_the_run_and_the_next_run_completes_it(
     how: str, setting: Setting, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_encoder = type(FLUX).open_encoder
     new, kept = setting.data / "new.png", setting.data.parent / "kept.png"
     setting.add_image()
     shutil.copy(new, kept)
 
-    def change_then_open(self: Any, layer: LayerKind, *arguments: Any) -> Encode:
-        if layer.name == "latents":
-            if how == "changed":
-                picture(new, 99)
-            else:
-                new.unlink()
-        return open_encoder(self, layer, *arguments)
+    def change_then_open(*arguments: Any) -> Any:
+        if how == "changed":
+            picture(new, 99)
+        else:
+            new.unlink()
+        return open_workers(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(FLUX), "open_encoder", change_then_open)
+        patch.setattr(pipeline, "open_workers", change_then_open)
         sentence = {"changed": "changed while it was being preprocessed", "gone": "can no longer be read"}[how]
         with pytest.raises(UserError, match=sentence):
             preprocess(setting.options)

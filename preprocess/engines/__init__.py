@@ -1,0 +1,1 @@
+"""Where workers can run: one file each. `preprocess.engine` chooses among them, and keeps them at work."""
