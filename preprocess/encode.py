@@ -190,10 +190,10 @@ def load_placed(blobs: Mapping[str, Blob], sample: Sample, reads: Reads) -> NDAr
     if hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{blobs[name].where} changed while it was being preprocessed; run the same command again")
     try:
-        pixels = images.decode(content)
+        with images.decoded(content) as pixels:
+            return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
     except ImageError as error:
         raise ImageError(f"its conditioning image {name}: {error}" if conditioning else str(error)) from error
-    return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
 
 
 def batched(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
