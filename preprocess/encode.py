@@ -175,10 +175,10 @@ def load_placed(blob: Blob | None, sample: Sample, reads: Reads) -> NDArray[np.u
     if hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{blob.where} changed while it was being preprocessed; run the same command again")
     try:
-        pixels = images.decode(content)
+        with images.decoded(content) as pixels:
+            return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
     except ImageError as error:
         raise ImageError(f"its conditioning image {name}: {error}" if conditioning else str(error)) from error
-    return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
 
 
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

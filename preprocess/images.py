@@ -34,7 +34,7 @@ Pillow's own, and above what cameras make (a 100-megapixel back has 102 million)
 MAX_BYTES: Final = 12 * MAX_PIXELS
 """Larger files are refused unread: no image within the limit needs more, be it stored with 32 bits for each of RGB."""
 
-_STRIP_PIXELS: Final = 1 << 22
+_STRIP_PIXELS: Final = 1 << 20
 """Pixels that are converted at a time: conversions take several times the memory of the picture that comes out."""
 
 _UPRIGHT: Final[dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]] = {
@@ -86,6 +86,14 @@ def decoded(data: bytes) -> Iterator[NDArray[np.uint8]]:
     """
     with _room(_claimed_pixels(data)):
         yield decode(data)
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Width and height of the picture in `data`, which is decoded for it: what is broken about it is found out. Raises
+    `ImageError` as `decode` does."""
+    with decoded(data) as pixels:
+        height, width, _ = pixels.shape
+        return width, height
 
 
 def refuse_large_file(num_bytes: int) -> None:

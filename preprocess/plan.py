@@ -8,10 +8,10 @@ import itertools
 import json
 import posixpath
 import re
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from preprocess import geometry
 from preprocess.config import PreprocessConfig
@@ -20,6 +20,8 @@ from preprocess.sources import Blob, Record, Source
 from shared.cache.schema import Caption, Sample
 from shared.errors import UserError
 from shared.report import progress
+
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,13 @@ class _Rows:
         self._samples: list[Sample] = []
         self._captions: dict[str, Caption] = {}
         self._blobs: dict[str, Blob] = {}
+        self._once: dict[Hashable, Any] = {}
         self._source_says_splits = False
         self._num_images = 0
+
+    def _shared(self, value: T) -> T:
+        """The first object that was equal to this one."""
+        return self._once.setdefault(value, value)
 
     def add(self, scan: Scan) -> None:
         """Take up one image."""
@@ -99,15 +106,15 @@ class _Rows:
             sha256=scan.sha256,
             conditioning_source=record.conditioning_name,
             conditioning_sha256=scan.conditioning_sha256,
-            width=scan.width,
-            height=scan.height,
+            width=self._shared(scan.width),
+            height=self._shared(scan.height),
             variant=0,
             placement=None,
             bucket_width=None,
             bucket_height=None,
             split=record.split or "train",
             captions=tuple(ids),
-            caption_weights=record.weights,
+            caption_weights=self._shared(record.weights),
             status="ok",
             error=None,
         )
@@ -122,9 +129,9 @@ class _Rows:
                 base,
                 key=key_of(record.name, variant),
                 variant=variant,
-                placement=sys.intern(json.dumps(asdict(placement), sort_keys=True)),
-                bucket_width=placement.bucket_width,
-                bucket_height=placement.bucket_height,
+                placement=self._shared(json.dumps(asdict(placement), sort_keys=True)),
+                bucket_width=self._shared(placement.bucket_width),
+                bucket_height=self._shared(placement.bucket_height),
             )
             for variant, placement in enumerate(placements)
         ]

@@ -55,14 +55,14 @@ def scan(record: Record, known: Sizes) -> Scan:
             content = record.image.read()
             hashed = hashlib.sha256(content)
             sha256 = hashed.hexdigest()
-            width, height = known.get(hashed.digest()) or images.decode(content).shape[1::-1]
+            width, height = known.get(hashed.digest()) or images.size(content)
         except ImageError as problem:
             error = str(problem)
         except OSError as problem:
             error = f"cannot be read: {problem.strerror}"
     conditioning, conditioning_sha256 = record.conditioning, None
     if error is None and conditioning is not None:
-        with suppress(OSError):  # the row of the condition that needs it will say so
+        with suppress(OSError, ImageError):  # the row of the condition that needs it will say so
             conditioning_sha256 = hashlib.sha256(conditioning.read()).hexdigest()
     at_rest = replace(
         record,

@@ -99,12 +99,16 @@ class Remote:
         start = 0
         while start < num_bytes:
             stop = min(start + PIECE_BYTES, num_bytes)
-            piece = self.piece(name, start, stop, num_bytes)
+            piece = self._from(name, start, stop, num_bytes)
             yield piece
             start += len(piece)
 
     def piece(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
         """Bytes `start` to `stop` of a file of `num_bytes`. Raises as `pieces`."""
+        return self._from(name, start, stop, num_bytes)[: stop - start]
+
+    def _from(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
+        """`piece`, or all from `start` on where the server sends nothing less."""
 
         def ask(fs: Any, path: str) -> bytes:
             try:

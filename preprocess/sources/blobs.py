@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from preprocess.images import refuse_large_file
 from preprocess.sources import cells, remote
 
 
@@ -53,8 +54,9 @@ class File:
         return self
 
     def read(self) -> bytes:
-        """The file's bytes."""
+        """The file's bytes. Raises `ImageError` where it is too large to be an image."""
         with open(self.where, "rb") as file:
+            refuse_large_file(os.fstat(file.fileno()).st_size)
             return file.read()
 
 

@@ -104,7 +104,9 @@ def read(path: str, row_group: int, row: int, column: str) -> bytes:
         try:
             group = group or _RowGroup(*key)
             value = group.value(row)
-        except pyarrow.ArrowException as error:
+        except (OSError, pyarrow.ArrowException) as error:
+            if isinstance(error, OSError) and error.strerror:
+                raise
             raise OSError(0, f"not a sound Parquet file: {str(error).splitlines()[0]}", path) from error
         _row_groups[key] = group
         while len(_row_groups) > _NUM_ROW_GROUPS:

@@ -95,7 +95,7 @@ def find(data: str, kind: str) -> list[Container]:
     ending = _ENDINGS[kind]
     named = kind_of_name(data)  # refuses what is compressed
     if is_folder := os.path.isdir(data):
-        paths = [os.path.join(data, name) for name in listing.walk(Path(data)) if name.lower().endswith(ending)]
+        paths = [os.path.join(data, name) for name in sorted(listing.walk(Path(data))) if name.lower().endswith(ending)]
     else:
         paths = _expand(data)
         if is_folder := remote.is_remote(data) and named is None and paths == [data]:

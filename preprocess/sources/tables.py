@@ -57,17 +57,8 @@ class TablePart(Part):
             if isinstance(piece, Slice):
                 yield from self._records_of(piece)
             else:
-                name = f"{self.name} {piece.what}".rstrip()
-                yield Record(
-                    name,
-                    Missing(self.path, piece.reason),
-                    (),
-                    (),
-                    None,
-                    None,
-                    self._split,
-                    f"{piece.reason}: its rows are lost",
-                )
+                name, reason = f"{self.name} {piece.what}".rstrip(), f"{piece.reason}: rows are lost"
+                yield Record(name, Missing(self.path, reason), (), (), None, None, self._split, reason)
 
     def _records_of(self, piece: Slice) -> Iterator[Record]:
         chosen, batch = self._chosen, piece.batch
@@ -121,9 +112,7 @@ def choose(schema: pa.Schema, where: str, options: SourceOptions) -> Columns:
     held = [field.name for field in schema if bytes_of(schema, field.name) is not None]
     if not held:
         listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise UserError(
-            f"{where} has no column of images' bytes (binary, or a struct with bytes); its columns: {listed}"
-        )
+        raise UserError(f"{where} has no column that holds images (binary, or a struct with bytes): {listed}")
     chosen = columns.choose(schema.names, where, options, held)
     for name in (chosen.image, chosen.conditioning):
         if name is not None and name not in held:

@@ -70,8 +70,8 @@ class _Broken:
     reason: str
     member: str | None = None
     """The file that it breaks off in, where its name is known."""
-    between: bool = False
-    """Whether all files before it, and so their samples, are whole."""
+    at_end: bool = False
+    """Whether the tar ended before it, so that all samples are whole."""
 
 
 @dataclass
@@ -124,13 +124,15 @@ class TarPart(Part):
             yield _Broken(f"it cannot be read ({error.strerror})")
             return
         group: _Group | None = None
+        endings: frozenset[str] = frozenset()  # of the group before
         with file:
             num_bytes = self._num_bytes if is_remote else os.fstat(file.fileno()).st_size
             for member in _members(file, num_bytes, self._path):
                 if isinstance(member, _Broken):
                     if group is not None:
-                        other = member.member is not None and _key_and_ending(member.member)[0] != group.key
-                        if not member.between and not other:
+                        in_next = member.member is not None and _key_and_ending(member.member)[0] != group.key
+                        # With all that the sample before had, it lacks nothing.
+                        if not (member.at_end or in_next or (endings and endings <= group.members.keys())):
                             group.error = f"the tar {member.reason}, within or after this sample"
                         yield group
                     yield _Broken(f"the tar {member.reason}: what follows is lost")
@@ -140,6 +142,7 @@ class TarPart(Part):
                     continue  # a file that WebDataset does not see either
                 if group is None or group.key != key:
                     if group is not None:
+                        endings = frozenset(group.members)
                         yield group
                     group = _Group(key)
                 self._take(group, ending, member, file, in_hand=is_remote)
@@ -290,11 +293,11 @@ def _members(file: Any, num_bytes: int, path: str) -> Iterator[_Member | _Broken
                 if block or num_bytes == 0:
                     yield _Broken("is cut off in a header" if block else "is empty")
                 else:
-                    yield _Broken("has no end mark and may be cut off", between=True)
+                    yield _Broken("has no end mark and may be cut off")
                 return
             if not any(block):
                 if any(file.read(20 * 2 * _BLOCK)):  # tars are padded to 20 blocks
-                    yield _Broken(f"has more after its end mark at byte {offset}", between=True)
+                    yield _Broken(f"has more after its end mark at byte {offset}", at_end=True)
                 return
             file.seek(offset)
             if archive is None:

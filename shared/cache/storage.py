@@ -221,7 +221,7 @@ class RemoteStorage(Storage):
         self._sizes: dict[str, int] | None = None
         self._waiting: queue.Queue[str] = queue.Queue(maxsize=UPLOADS_AHEAD)
         self._uploader: threading.Thread | None = None
-        self._failed: UserError | None = None
+        self._failed: BaseException | None = None
 
     def _here(self) -> None:
         if self._process != os.getpid():  # forked: locks and threads are the parent's, and so is what it holds
@@ -295,7 +295,7 @@ class RemoteStorage(Storage):
                 info = self._remote.info(name)
                 if info is None:
                     raise self._missing(name)
-                num_bytes = info.num_bytes
+                num_bytes = info.num_bytes or len(self._remote.read(name))  # some web servers do not say
             if (part := shard_cache.begin(path, wait=True)) is not None:
                 if path.is_file() and schema.file_checksum(path) == checksum:  # another process was here
                     part.give_up()
@@ -549,11 +549,8 @@ class RemoteStorage(Storage):
             try:
                 if self._failed is None:  # else an index could come to a tar that is not there
                     self._upload_one(name)
-            except UserError as error:
+            except BaseException as error:  # handed to whoever asks next; this thread goes on emptying the queue
                 self._failed = error
-            except BaseException as error:
-                self._failed = UserError(f"{self.url}/{name} was not uploaded: {error!r}")
-                raise
             finally:
                 self._waiting.task_done()
 
