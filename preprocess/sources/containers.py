@@ -132,11 +132,6 @@ def _state(path: str) -> tuple[int, str | None] | None:
     return found.num_bytes, None if version is None else f"{found.num_bytes} bytes, {version}"
 
 
-def _wildcards(data: str) -> str:
-    """A regular expression of the signs that stand for several names. In the URL of a web server `?` begins a query."""
-    return r"[*\[]" if data.startswith(("http://", "https://")) else r"[*?\[]"
-
-
 def _without_query(data: str) -> str:
     """A path as it is, the URL of a web server without what follows the name."""
     return re.sub(r"[?#].*$", "", data) if data.startswith(("http://", "https://")) else data
@@ -144,8 +139,7 @@ def _without_query(data: str) -> str:
 
 def _fixed_part(pattern: str) -> str:
     """The folder before the first sign that stands for several."""
-    match = re.search(rf"\{{|{_wildcards(pattern)}", pattern)
-    return re.sub(r"[^/]*$", "", _without_query(pattern[: match.start() if match else None]))
+    return re.sub(r"[^/]*$", "", re.split(r"[{*?\[]", _without_query(pattern))[0])
 
 
 def _expand(data: str) -> list[str]:
@@ -158,7 +152,9 @@ def _expand(data: str) -> list[str]:
         raise UserError(f"{data}: {error}; write {{00000..00010}}") from error
     paths: dict[str, None] = {}
     for pattern in patterns:
-        if not re.search(_wildcards(pattern), pattern) or (not remote.is_remote(pattern) and os.path.exists(pattern)):
+        if not re.search(r"[*?\[]", _without_query(pattern)) or (
+            not remote.is_remote(pattern) and os.path.exists(pattern)
+        ):
             paths[pattern] = None
         else:
             found = remote.glob(pattern) if remote.is_remote(pattern) else sorted(glob.glob(pattern, recursive=True))

@@ -240,9 +240,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                     )
                 yield reader.line_num, {name: value or None for name, value in row.items()}
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num} is not CSV ({error})") from error
+            raise UserError(f"{path}, line {reader.reader.line_num} is not CSV ({error})") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 (after line {reader.line_num}); save it as UTF-8") from error
+            raise UserError(f"{path} is not UTF-8 (after line {reader.reader.line_num}); save it as UTF-8") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
+from preprocess.images import MAX_BYTES
 from preprocess.sources import columns, containers, remote
 from preprocess.sources.base import Part, Record, Source, SourceOptions, Split, captions_of, or_missing, splits_of
 from preprocess.sources.blobs import Blob, InHand, Missing, Range
@@ -156,7 +157,7 @@ class TarPart(Part):
         group.members[ending] = member
         if ending.rpartition(".")[2] in _ENDINGS or ending in columns.CONDITIONING:
             place = Range(self._path, member.offset, member.num_bytes)
-            if in_hand:
+            if in_hand and member.num_bytes <= MAX_BYTES:
                 file.seek(member.offset)
                 group.images[ending] = InHand(place, file.read(member.num_bytes))
             else:

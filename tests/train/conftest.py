@@ -36,7 +36,7 @@ PRELOADED = (
     "diffusers.schedulers.scheduling_flow_match_euler_discrete",
     "optimum.quanto",
 )
-TIMES = ("data_wait_seconds", "step_seconds")
+TIMES = ("data_wait_seconds", "data_wait_share", "step_seconds")
 
 
 def train_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
