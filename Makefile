@@ -4,14 +4,25 @@
 #   make preprocess DATA=~/pictures            encode images and captions once, into CACHE
 #   make train                                 train a ControlNet from CACHE; nothing is encoded again
 #   make sample RUN=runs/depth-2-4 IMAGE=drawing.png PROMPT="..."
+#
+#   make status                                what CACHE has, lacks and no longer needs, and why; loads no model
+#   make inspect                               CACHE as one HTML page: totals, outliers, failures, every sample
 #   make verify                                check every byte of CACHE
+#   make repair                                encode again what is damaged in CACHE, and nothing else
+#   make prune                                 name what nothing in CACHE refers to; with YES=1 remove it
+#
 #   make test                                  all tests (CPU, no network)
 #   make lint                                  ruff and mypy
+#   make torture                               kills, full disks, flipped bits: what comes of the cache (15 minutes)
+#   make bench-cache                           the figures about the cache (10 minutes, 10 GB of disk)
 #   make clean                                 remove the virtual environment; never a cache or a run
 #
 # Variables, with their defaults:
-#   CACHE=cache  MODEL=black-forest-labs/FLUX.1-dev  CONDITION=lineart  RESOLUTION=512     (preprocess)
-#   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1                                     (train)
+#   CACHE=cache         a folder, or a URL: s3://bucket/cache, gs://..., hf://..., https://... (to read)
+#   DATA                a folder; "tars/{00000..00099}.tar"; *.parquet; a data set saved to disk  (preprocess status repair)
+#   MODEL=black-forest-labs/FLUX.1-dev  CONDITION=lineart  RESOLUTION=512                   (preprocess status)
+#   GPUS=0,1,2,3        a process on each        ENGINE=ray  on a Ray cluster               (preprocess)
+#   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1                                      (train)
 #   RECIPE=some.yaml    options from a file             ARGS="--option value ..."  any option of the command
 #   every option: python -m preprocess --help, python -m train --help, python -m train.sample --help
 
@@ -26,7 +37,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 option = $(if $($(1)),--$(2) $($(1)))
 recipe = $(call option,RECIPE,recipe)
 
-.PHONY: help demo preprocess train sample verify test lint clean
+comma := ,
+# CONDITION="lineart canny" and CONDITION=lineart,canny are the same
+several = $(if $($(1)),--$(2) $(subst $(comma), ,$($(1))))
+data = $(if $(DATA),--data "$(DATA)")
+of_preprocess = $(call option,MODEL,model) $(call several,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution)
+
+.PHONY: help demo preprocess train sample status inspect verify repair prune test lint torture bench-cache clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -44,20 +61,32 @@ demo: $(INSTALLED)
 
 preprocess: $(INSTALLED)
 	@$(if $(DATA),,echo 'error: make preprocess needs DATA=folder-of-images' >&2; exit 2)
-	@$(RUN_PYTHON) -m preprocess $(recipe) --data "$(DATA)" --cache "$(CACHE)" $(call option,MODEL,model) \
-		$(call option,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution) $(ARGS)
+	@$(RUN_PYTHON) -m preprocess $(recipe) $(data) --cache "$(CACHE)" $(of_preprocess) \
+		$(call option,ENGINE,engine.kind) $(call several,GPUS,engine.gpus) $(ARGS)
 
 train: $(INSTALLED)
 	@$(if $(filter-out 1,$(or $(GPUS),1)),$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m,$(RUN_PYTHON) -m) train \
 		$(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,NAME,name) $(call option,MODEL,model) \
-		$(call option,CONDITION,condition) $(call option,STEPS,steps) $(ARGS)
+		$(call several,CONDITION,condition) $(call option,STEPS,steps) $(ARGS)
 
 sample: $(INSTALLED)
 	@$(if $(and $(RUN),$(IMAGE),$(PROMPT)),,echo 'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="..."' >&2; exit 2)
 	@$(RUN_PYTHON) -m train.sample --run "$(RUN)" --image "$(IMAGE)" --prompt "$(PROMPT)" $(ARGS)
 
+status: $(INSTALLED)
+	@$(RUN_PYTHON) -m preprocess.status $(recipe) $(data) --cache "$(CACHE)" $(of_preprocess) $(ARGS)
+
+inspect: $(INSTALLED)
+	@$(RUN_PYTHON) -m shared.inspect --cache "$(CACHE)" $(call option,MODEL,model) $(ARGS)
+
 verify: $(INSTALLED)
 	@$(RUN_PYTHON) -m shared.cache.verify "$(CACHE)"
+
+repair: $(INSTALLED)
+	@$(RUN_PYTHON) -m preprocess.repair $(recipe) $(data) --cache "$(CACHE)" $(of_preprocess) $(ARGS)
+
+prune: $(INSTALLED)
+	@$(RUN_PYTHON) -m shared.cache.prune "$(CACHE)" $(if $(YES),--yes) $(ARGS)
 
 test: $(INSTALLED)
 	@$(RUN_PYTHON) -m pytest -n 2 $(ARGS)
@@ -66,6 +95,12 @@ lint: $(INSTALLED)
 	@$(RUN_PYTHON) -m ruff check .
 	@$(RUN_PYTHON) -m ruff format --check .
 	@$(RUN_PYTHON) -m mypy
+
+torture: $(INSTALLED)
+	@$(RUN_PYTHON) -m benchmarks.torture $(ARGS)
+
+bench-cache: $(VENV)/.bench-installed
+	@$(RUN_PYTHON) -m benchmarks.cache $(ARGS)
 
 clean:
 	rm -rf $(VENV)

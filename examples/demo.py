@@ -185,7 +185,7 @@ def reconstruct(family: Family, model: ModelFolder, device: str, images: list[ND
     kind = next(layer for layer in family.layers if layer.name == "latents")
     moments = family.open_encoder(kind, model, device, torch.float32, 1)(np.stack(images))
     recipe = family.encoder_recipe(kind, model, 1)
-    x_0 = family.model_latents(moments["mean"], moments["std"], recipe, None, torch.float32)
+    x_0 = family.model_latents(moments, recipe, None, torch.float32)
     height, width = images[0].shape[:2]
     return list(family.open_decoder(model, device, torch.float32)(x_0, height, width).numpy())
 

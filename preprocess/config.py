@@ -73,6 +73,10 @@ class PreprocessConfig:
     at 77 the cache is a sixth of the size."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the encoders and of the cache. bf16 is what pipelines are run in."""
+    posterior: Literal["moments", "mean", "sample"] = "moments"
+    """What is kept of the VAE's posterior. moments: its mean and standard deviation, so that training draws anew in
+    each epoch; mean: half the bytes, and nothing is drawn; sample: half the bytes, one draw, the same in each epoch.
+    Touch it where latents are most of the cache, as with a short text_length."""
     validation_fraction: float = 0.05
     """Share of images that are held out for validation where the data set does not say. Each name's hash decides for
     itself, so that it is roughly this share, and added images change nothing for the others."""

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from safetensors.torch import save
 
 from preprocess import geometry, images
 from preprocess.images import ImageError
+from preprocess.sources import Blob
 from shared.cache.reader import SAFETENSORS
 from shared.cache.schema import Reads, Sample
 from shared.cache.storage import Storage
@@ -94,14 +94,33 @@ def captions_producer(encode: Encode) -> Producer:
     return Producer(lambda texts: _by_row(encode(list(texts)), len(texts)), tensors_row)
 
 
-def images_producer(encode: Encode) -> Producer:
+Keep = Callable[[Item, Tensors], Tensors]
+"""What the encoder gave for an item -> what of it is kept."""
+
+
+def images_producer(encode: Encode, keep: Keep | None = None) -> Producer:
     """Placed images, or the drawings of each sample (all of one shape) -> latents."""
-    return Producer(lambda pixels: _by_row(encode(np.stack(pixels)), len(pixels)), tensors_row)
+
+    def finish(item: Item, tensors: Tensors) -> Row:
+        return tensors_row(item, tensors if keep is None else keep(item, tensors))
+
+    return Producer(lambda pixels: _by_row(encode(np.stack(pixels)), len(pixels)), finish)
 
 
 def drawings_producer(draw: Draw) -> Producer:
     """Placed images -> drawings as PNG, `0.png` to `R-1.png`: what the VAE is then given, and a person can look at."""
-    return Producer(lambda pixels: list(draw(np.stack(pixels))), drawings_row)
+    return Producer(lambda pixels: draw_each(draw, np.stack(pixels)), drawings_row)
+
+
+def draw_each(draw: Draw, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8] | ImageError]:
+    """Of each image (H, W, 3) of a batch its drawings (R, H, W, 3), or why it has none: one image's fault is not that
+    of the others."""
+    try:
+        return list(draw(pixels))
+    except ImageError as error:
+        if len(pixels) == 1:
+            return [error]
+        return [drawings for image in pixels for drawings in draw_each(draw, image[None])]
 
 
 def _by_row(tensors: Tensors, count: int) -> list[Tensors]:
@@ -116,8 +135,10 @@ def tensors_row(item: Item, tensors: Tensors) -> Row:
     return Row(item.key, {SAFETENSORS: save({name: tensor.contiguous() for name, tensor in tensors.items()})}, None)
 
 
-def drawings_row(item: Item, drawings: NDArray[np.uint8]) -> Row:
+def drawings_row(item: Item, drawings: NDArray[np.uint8] | ImageError) -> Row:
     """The row of a sample's drawings (R, H, W, 3): a PNG of each, grey where it is grey."""
+    if isinstance(drawings, ImageError):
+        return Row(item.key, None, str(drawings))
     members = {}
     for r, drawing in enumerate(drawings):
         grey = (drawing == drawing[..., :1]).all()
@@ -132,8 +153,8 @@ def load_drawings(members: Sequence[bytes]) -> NDArray[np.uint8]:
     return np.stack([np.asarray(Image.open(io.BytesIO(member)).convert("RGB")) for member in members])
 
 
-def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
-    """The pixels of a sample after its placement, uint8 (H, W, 3).
+def load_placed(blob: Blob | None, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
+    """The pixels of a sample after its placement, uint8 (H, W, 3). `blob`: where the bytes of what is read are.
 
     Raises `ImageError` where they cannot be had, `UserError` where the file has changed since it was planned: its cache
     entry would bear another image's hash.
@@ -146,19 +167,18 @@ def load_placed(data: Path, sample: Sample, reads: Reads) -> NDArray[np.uint8]:
     if expected is None:
         raise ImageError(f"its conditioning image {name} cannot be read")
     assert sample.placement is not None
+    assert blob is not None, f"{name} was read when it was planned"
     try:
-        content = (data / name).read_bytes()
+        content = blob.read()
     except OSError as error:
-        raise UserError(
-            f"{data / name} can no longer be read ({error.strerror}); run the same command again"
-        ) from error
+        raise UserError(f"{blob.where} can no longer be read ({error.strerror}); run the same command again") from error
     if hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(f"{data / name} changed while it was being preprocessed; run the same command again")
+        raise UserError(f"{blob.where} changed while it was being preprocessed; run the same command again")
     try:
-        pixels = images.decode(content)
+        with images.decoded(content) as pixels:
+            return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
     except ImageError as error:
         raise ImageError(f"its conditioning image {name}: {error}" if conditioning else str(error)) from error
-    return geometry.apply(pixels, geometry.Placement(**json.loads(sample.placement)))
 
 
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -34,6 +34,8 @@ _WORDS = {
 }
 """What the keys of recipes are called."""
 _MAX_REASONS = 3
+LOST = "not made yet, or lost"
+DRAWINGS_CHANGED = "the drawings changed"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def recipe_changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
         if new.get(key) != old.get(key) and key != "drawings":
             changes.append(_change(key, old.get(key), new.get(key)))
     if not changes and now.get("drawings") != before.get("drawings"):
-        changes = ["the drawings changed"]
+        changes = [DRAWINGS_CHANGED]
     return ", ".join(changes) or "nothing changed"
 
 
@@ -102,16 +104,18 @@ def missing(reads: Reads, key: str, now: State, before: State, users: Mapping[st
     sample, old = now.samples[key], before.samples.get(key)
     if old is None:
         return "variant added" if sample.source in before.sources else "image added"
-    return input_changed(reads, sample, old) or "not made yet, or lost"
+    return input_changed(reads, sample, old) or LOST
 
 
 def _caption_missing(key: str, before: State, users: Mapping[str, Sequence[Sample]]) -> str:
     if key in before.captions:
-        return "not made yet, or lost"
+        return LOST
     mine = users.get(key, ())
-    if any(sample.key in before.samples and before.samples[sample.key].status == "ok" for sample in mine):
-        return "caption edited"
-    return "image added" if mine else "the empty caption"
+    earlier = [(sample, before.samples[sample.key]) for sample in mine if sample.key in before.samples]
+    if not earlier:
+        return "image added" if mine else "the empty caption"
+    kept_all = all(set(old.captions) <= set(sample.captions) for sample, old in earlier)
+    return "caption added" if kept_all else "caption edited"
 
 
 def stale(reads: Reads, key: str, now: State) -> str:

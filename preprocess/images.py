@@ -31,14 +31,20 @@ MAX_PIXELS: Final = 178_956_970
 """Larger images are refused unread: a small file can claim any size and would take the machine's memory. The number is
 Pillow's own, and above what cameras make (a 100-megapixel back has 102 million)."""
 
-_UPRIGHT: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+MAX_BYTES: Final = 12 * MAX_PIXELS
+"""Larger files are refused unread: no image within the limit needs more, be it stored with 32 bits for each of RGB."""
+
+_STRIP_PIXELS: Final = 1 << 20
+"""Pixels that are converted at a time: conversions take several times the memory of the picture that comes out."""
+
+_UPRIGHT: Final[dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]] = {
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored[::-1].swapaxes(0, 1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored[:, ::-1].swapaxes(0, 1),
 }
 """EXIF orientation -> what turns the stored pixels upright (the EXIF standard, tag 0x0112; 1 is upright already)."""
 
@@ -54,14 +60,12 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     frame taken. Colour profiles are not applied. Raises `ImageError`: no bytes, not an image, truncated or damaged
     (never padded with grey), more than `MAX_PIXELS`, grey values without a known white. Several threads may call it.
     """
-    if not data:
-        raise ImageError("0 bytes")
     kind, plugin = _format(data)
     try:
         with _truncation_raises(), plugin(io.BytesIO(data)) as image:
             _refuse_impossible_sizes(image.size)
             image.load()
-            return _rgb(_upright(image))
+            pixels, orientation = _rgb(image), _orientation(image)
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # GIF frames and TIFF tiles may be larger than the image claims to be
@@ -69,10 +73,39 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     except Exception as error:  # a damaged file trips Pillow's parsers anywhere: OSError, SyntaxError, KeyError, ...
         how = "truncated" if "truncated" in str(error).lower() else "damaged or truncated"
         raise ImageError(f"{how} {kind} file: {str(error) or type(error).__name__}") from error
+    turn = _UPRIGHT.get(orientation)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+@contextmanager
+def decoded(data: bytes) -> Iterator[NDArray[np.uint8]]:
+    """`decode(data)` for the length of a `with` block, in its turn: what all threads together have unpacked at a time
+    is at most `MAX_PIXELS`, however many they are and however large their images.
+
+    Inside, no other may be asked for: it might wait for this one.
+    """
+    with _room(_claimed_pixels(data)):
+        yield decode(data)
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Width and height of the picture in `data`, which is decoded for it: what is broken about it is found out. Raises
+    `ImageError` as `decode` does."""
+    with decoded(data) as pixels:
+        height, width, _ = pixels.shape
+        return width, height
+
+
+def refuse_large_file(num_bytes: int) -> None:
+    """Raise `ImageError` where a file is too large to be an image that can be read: to be asked before it is read."""
+    if num_bytes > MAX_BYTES:
+        raise ImageError(f"{num_bytes} bytes is larger than any image within the limit of {MAX_PIXELS} pixels")
 
 
 def _format(data: bytes) -> tuple[str, Callable[[io.BytesIO], ImageFile.ImageFile]]:
     """The name of the format that `data` begins like, and what opens it."""
+    if not data:
+        raise ImageError("0 bytes")
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG", PngImageFile
     if data.startswith(b"\xff\xd8\xff"):
@@ -131,46 +164,107 @@ def _truncation_raises() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _switched_by_others
 
 
+# --- how much is unpacked at a time ---
+
+_turn = threading.Condition()
+_num_unpacked_pixels = 0
+
+
+@contextmanager
+def _room(num_pixels: int) -> Iterator[None]:
+    """Inside, so many pixels may be unpacked: waits while with those of others they would be more than `MAX_PIXELS`."""
+    global _num_unpacked_pixels
+    with _turn:
+        _turn.wait_for(lambda: not _num_unpacked_pixels or _num_unpacked_pixels + num_pixels <= MAX_PIXELS)
+        _num_unpacked_pixels += num_pixels
+    try:
+        yield
+    finally:
+        with _turn:
+            _num_unpacked_pixels -= num_pixels
+            _turn.notify_all()
+
+
+def _claimed_pixels(data: bytes) -> int:
+    """How many pixels the file says that it has; 0 where it will be refused before they are unpacked."""
+    try:
+        with _format(data)[1](io.BytesIO(data)) as image:
+            width, height = image.size
+            return width * height if width * height <= MAX_PIXELS else 0
+    except MemoryError:
+        raise
+    except Exception:  # as in `decode`, which will say what is wrong with it
+        return 0
+
+
 # --- from the file's pixels to upright, opaque RGB ---
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """EXIF's word on how the picture is held; 1, upright, where it has none."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, struct.error):  # EXIF too damaged to be parsed: the pixels are whole, and stay as stored
-        return image
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     """(H, W, 3) RGB of 0..255 from any of Pillow's modes."""
+    white = _white(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top, strip in _strips(image):
+        pixels[top : top + strip.height] = _strip_rgb(strip, white)
+    return pixels
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image in pieces of its whole width, each with the row that it begins at."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _white(image: Image.Image) -> int:
+    """What white is in a picture of wide grey values; 255 in all others."""
+    if image.mode.startswith("I;16"):
+        return 65535
+    if image.mode == "I" and image.format == "PPM":  # Pillow has scaled these to 16 bits, whatever the file's white was
+        return 65535
+    if image.mode not in ("I", "F"):
+        return 255
+    ends = [(float(grey.min()), float(grey.max())) for grey in (np.asarray(strip) for _, strip in _strips(image))]
+    lowest, highest = (float(bound([end[i] for end in ends])) for i, bound in enumerate((np.min, np.max)))  # NaN stays
+    return _customary_white(lowest, highest, (255, 65535) if image.mode == "I" else (1, 255, 65535))
+
+
+def _strip_rgb(image: Image.Image, white: int) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of 0..255. `white`: the grey value that is white, where one is wider than 8 bits."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.float64)
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
-            grey[grey == transparent] = 65535
-        return _grey_to_rgb(grey, white=65535)
-    if image.mode == "I" and image.format == "PPM":  # Pillow has scaled these to 16 bits, whatever the file's white was
-        return _grey_to_rgb(np.asarray(image, np.float64), white=65535)
+            grey[grey == transparent] = white
+        return _grey_to_rgb(grey, white)
     if image.mode in ("I", "F"):
-        grey = np.asarray(image, np.float64)
-        return _grey_to_rgb(grey, white=_customary_white(grey, (255, 65535) if image.mode == "I" else (1, 255, 65535)))
+        return _grey_to_rgb(np.asarray(image, np.float64), white)
     if image.mode == "La":  # premultiplied grey, which Pillow turns into nothing but LA
         image = image.convert("LA")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    return np.array(image.convert("RGB"))
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque
+    return np.asarray(image.convert("RGB"))
 
 
-def _customary_white(grey: NDArray[np.float64], whites: Sequence[int]) -> int:
-    """What white is in `grey`, whose file does not say: the first of `whites` that no pixel exceeds.
+def _customary_white(lowest: float, highest: float, whites: Sequence[int]) -> int:
+    """What white is in grey values whose file does not say: the first of `whites` that no pixel exceeds.
 
     `ImageError` where there is none: guessing would make a picture that nobody has seen.
     """
-    lowest, highest = float(grey.min()), float(grey.max())
     white = next((white for white in whites if lowest >= 0 and highest <= white), None)
     if white is None:
         raise ImageError(f"grey values from {lowest:g} to {highest:g}, of which none is known to be white; save 8 bits")

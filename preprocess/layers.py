@@ -20,7 +20,7 @@ from preprocess.encode import Producer
 from shared import families
 from shared.cache import schema
 from shared.cache.schema import Field, Reads
-from shared.families.base import Family, LayerKind
+from shared.families.base import Family, LayerKind, Tensors
 from shared.model_folder import ModelFolder
 
 _DRAWING = (Field("R.png", "uint8", "H W or H W 3", "the drawing that was encoded, 0.png to R-1.png, white on black"),)
@@ -72,7 +72,7 @@ class Layers:
     def encoder_recipe(self, kind: LayerKind, name: str, drawings: str | None) -> dict[str, Any]:
         """All that an encoder's layer depends on. `drawings`: fingerprint of the layer that is encoded, where it is not
         the images or captions themselves."""
-        recipe = self.family.encoder_recipe(kind, self.model, self.text_length)
+        recipe = self.family.encoder_recipe(kind, self.model, self.text_length, self.options.posterior)
         recipe["precision"] = str(self.dtype).removeprefix("torch.")
         if drawings is not None:
             recipe["drawings"] = drawings
@@ -156,7 +156,8 @@ class EncodedLayer(PlannedLayer):
     @property
     def fields(self) -> Sequence[Field]:
         precision = str(self._layers.dtype).removeprefix("torch.")
-        return tuple(replace(f, dtype=precision) if f.dtype == "as encoded" else f for f in self._kind.fields)
+        fields = self._layers.family.fields(self._kind, self._options.posterior)
+        return tuple(replace(f, dtype=precision) if f.dtype == "as encoded" else f for f in fields)
 
     @property
     def shard_rows(self) -> int:
@@ -178,15 +179,23 @@ class EncodedLayer(PlannedLayer):
 
     def row_bytes(self, pixels: int) -> int:
         layers = self._layers
-        one = layers.family.row_bytes(self._kind, layers.model, layers.dtype, pixels, layers.text_length)
+        one = layers.family.row_bytes(
+            self._kind, layers.model, layers.dtype, pixels, layers.text_length, self._options.posterior
+        )
         return self._num_drawings * one
 
     @contextmanager
     def open(self, device: str) -> Iterator[Producer]:
         layers = self._layers
         encoder = layers.family.open_encoder(self._kind, layers.model, device, layers.dtype, layers.text_length)
-        make = encode.captions_producer if self.reads == "caption" else encode.images_producer
-        yield make(encoder)
+        if self.reads == "caption":
+            yield encode.captions_producer(encoder)
+        else:
+            yield encode.images_producer(encoder, self._keep)
+
+    def _keep(self, item: encode.Item, tensors: Tensors) -> Tensors:
+        family, posterior = self._layers.family, self._options.posterior
+        return family.keep(self._kind, tensors, posterior, f"{self.name}/{item.input}")
 
 
 class DrawnLayer(PlannedLayer):
@@ -209,8 +218,7 @@ class DrawnLayer(PlannedLayer):
         return self._options.encode.shard_rows or 256
 
     def row_bytes(self, pixels: int) -> int:
-        # PNG of line art: measured 0.1 to 0.3 bytes a pixel; photographs as conditions up to 2.
-        return self.condition.num_drawings * (pixels // 3 + 1024)
+        return self.condition.num_drawings * (int(pixels * self.condition.png_bytes_per_pixel) + 1024)
 
     @contextmanager
     def open(self, device: str) -> Iterator[Producer]:

@@ -28,10 +28,14 @@ from shared.cache import schema, writer
 from shared.cache.reader import Layer, LayerSummary, open_layer, wanted
 from shared.cache.schema import Reads, Sample
 from shared.cache.storage import LocalStorage
+from shared.config import to_dict
 from shared.errors import EXIT_INCOMPLETE, UserError
 from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import progress, quiet_libraries, say, table, versions, warn
+
+_HOW = ("cache", "device", "encode", "engine")
+"""Options that say where and how a cache is made, and not what it is."""
 
 
 @dataclass
@@ -62,38 +66,38 @@ def preprocess(options: PreprocessConfig) -> int:
     """
     quiet_libraries()
     family = families.get(options.family)
-    data, cache = Path(options.data).expanduser(), Path(options.cache).expanduser()
-    records = list(sources.read(data, options.source))
-    if unmentioned := sources.num_unmentioned_images(data, records):
-        warn(f"{unmentioned} image file(s) in {data} are not named by its metadata.jsonl: they are no samples")
-    _check_conditioning(options, records)
+    cache = Path(options.cache).expanduser()
+    source = sources.open_source(options.data, options.source)
+    for remark in source.remarks():
+        warn(remark)
+    _check_conditioning(options, source, source.conditioned)
     model = resolve(options.model or family.default_model, components(family), options.revision)
     family.check_encoders(model)
     with atomic.alone(cache, "preprocessing into"):
-        return _Stage(options, family, model, data, cache).run(records)
+        return _Stage(options, family, model, cache).run(source)
 
 
-def _check_conditioning(options: PreprocessConfig, records: Sequence[sources.Record]) -> None:
+def _check_conditioning(options: PreprocessConfig, source: sources.Source, conditioned: bool | None) -> None:
     for name in options.condition:
-        needs = conditions.get(name).reads == "conditioning_image"
-        if needs and not any(record.conditioning is not None for record in records):
+        if conditioned is False and conditions.get(name).reads == "conditioning_image":
             raise UserError(
                 f"condition '{name}' takes the drawings that come with the images, but {options.data} names none; give "
-                f"each line of {sources.METADATA} a 'conditioning_image', or choose another condition"
+                f"{source.conditioning_advice}, or choose another condition"
             )
 
 
 class _Stage:
-    def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, data: Path, cache: Path) -> None:
-        self.options, self.family, self.model, self.data, self.cache = options, family, model, data, cache
+    def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, cache: Path) -> None:
+        self.options, self.family, self.model, self.cache = options, family, model, cache
         self.layers = Layers(options, model)
         self.storage = LocalStorage(cache.absolute())
         self._inputs: dict[Reads, dict[str, str]] = {}
 
-    def run(self, records: Sequence[sources.Record]) -> int:
+    def run(self, source: sources.Source) -> int:
         # Before the images are read: a recipe refuses where a detector's weights are missing.
         works = [Work(layer, self.cache / layer.folder) for layer in self.layers]
-        self.plan = self._plan(records)
+        self.plan = self._plan(source)
+        _check_conditioning(self.options, source, any(s.conditioning_source is not None for s in self.plan.samples))
         self.samples = {sample.key: sample for sample in self.plan.samples}
         self.captions = {caption.id: caption for caption in self.plan.captions}
         _remove_parts(self.cache)
@@ -105,18 +109,19 @@ class _Stage:
         kept = self._publish(works)
         return self._report(works, kept)
 
-    def _plan(self, records: Sequence[sources.Record]) -> plan.Plan:
+    def _plan(self, source: sources.Source) -> plan.Plan:
         path = self.cache / schema.SAMPLES
         try:
             before = schema.read_samples(path) if path.is_file() else []
         except schema.CacheError:
             before = []  # damaged: every image is decoded again, and the file is written anew at the end
-        if gone := {sample.source for sample in before} - {record.name for record in records}:
+        made = plan.make(source, self.options, self.family.size_multiple, before, self.cache)
+        if gone := {sample.source for sample in before} - {sample.source for sample in made.samples}:
             warn(
-                f"{len(gone)} image(s) of the cache, as {min(gone)}, are no longer in {self.data}: they are no samples "
-                "any more (what was encoded of them stays in its shards)"
+                f"{len(gone)} image(s) of the cache, as {min(gone)}, are no longer in {self.options.data}: they are no "
+                "samples any more (what was encoded of them stays in its shards)"
             )
-        return plan.make(records, self.options, self.family.size_multiple, before)
+        return made
 
     def _layer(self, work: Work) -> Layer:
         """A layer that was just completed, opened for reading."""
@@ -137,17 +142,10 @@ class _Stage:
     def _find_missing(self, work: Work) -> None:
         done = writer.finished_rows(work.folder, errors=not self.options.encode.retry_errors)
         missing = {key for key, input_digest in self._wanted(work.reads).items() if (key, input_digest) not in done}
-        if work.reads == "caption":
-            work.missing = [caption for caption in self._caption_order() if caption in missing] if missing else []
+        if work.reads == "caption":  # in the plan's order: along those of the samples that have them
+            work.missing = [caption.id for caption in self.plan.captions if caption.id in missing] if missing else []
         else:  # a shard holds samples of one shape
             work.missing = sorted(missing, key=self._shape_and_key)
-
-    def _caption_order(self) -> list[str]:
-        """The empty caption, then by the first sample that has the caption: shards of text lie along those of images,
-        so that who reads the samples in order finds their captions together."""
-        samples = sorted(self.plan.sound, key=lambda sample: self._shape_and_key(sample.key))
-        captions = (caption for sample in samples for caption in sample.captions)
-        return list(dict.fromkeys([self.plan.captions[0].id, *captions]))
 
     def _shape_and_key(self, key: str) -> tuple[tuple[int, int], str]:
         return self._shape(key), key
@@ -228,7 +226,8 @@ class _Stage:
             return Text(self.captions[key])
         sample = self.samples[key]
         if drawings is None:
-            return PlacedImage(sample, work.reads, self.data)
+            name = sample.conditioning_source if work.reads == "conditioning_image" else sample.source
+            return PlacedImage(sample, work.reads, None if name is None else self.plan.blobs.get(name))
         drawn = partial(Drawings, key, sample.input(work.reads), sample.source, drawings.summary.name)
         if (error := drawings.errors.get(key)) is not None:
             return drawn(None, (), error)
@@ -257,6 +256,7 @@ class _Stage:
                 "name": str(self.model.path) if self.model.revision is None else self.model.name,
                 "revision": self.model.revision,
             },
+            options={key: value for key, value in to_dict(self.options).items() if key not in _HOW},
             condition=self.options.condition[0],
             conditions=sorted([*self.options.condition, *kept]),
         )

@@ -1,42 +1,27 @@
-"""What is to be done, decided before any model loads: which images are sound, how each is placed, who is held out.
-
-Every image is read and decoded once here, so that a broken one is known by its reason before hours of encoding; images
-whose bytes an earlier plan has seen are only hashed.
-"""
+"""What is to be done, decided before any model loads: which images are sound, how each is placed, who is held out."""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
+import itertools
 import json
+import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, TypeVar
 
-from preprocess import geometry, images
+from preprocess import geometry
 from preprocess.config import PreprocessConfig
-from preprocess.images import ImageError
-from preprocess.lookahead import mapped
-from preprocess.sources import Record
+from preprocess.scan import Memory, Scan, Sizes, scan_all
+from preprocess.sources import Blob, Record, Source
 from shared.cache.schema import Caption, Sample
 from shared.errors import UserError
 from shared.report import progress
 
-Split = Literal["train", "validation"]
-
-
-@dataclass(frozen=True)
-class Scan:
-    """One record after its files were read."""
-
-    record: Record
-    sha256: str | None
-    width: int | None
-    height: int | None
-    conditioning_sha256: str | None
-    error: str | None
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -46,7 +31,10 @@ class Plan:
     samples: list[Sample]
     """All variants of all images, by key; those that cannot be used with the reason."""
     captions: list[Caption]
-    """Distinct captions of sound samples, the empty one first."""
+    """Distinct captions of sound samples: the empty one first, then in the order in which units of samples meet them,
+    so that shards of text lie along the shards of samples."""
+    blobs: Mapping[str, Blob] = field(compare=False)
+    """Where the bytes of each sample's source and conditioning source are."""
 
     @property
     def sound(self) -> list[Sample]:
@@ -54,68 +42,147 @@ class Plan:
         return [sample for sample in self.samples if sample.status == "ok"]
 
 
-def make(records: Sequence[Record], options: PreprocessConfig, multiple: int, before: Iterable[Sample] = ()) -> Plan:
-    """Read every file of `records` and lay out the cache. `multiple`: sides are multiples of so many pixels.
+def make(
+    records: Iterable[Record],
+    options: PreprocessConfig,
+    multiple: int,
+    before: Iterable[Sample] = (),
+    cache: Path | None = None,
+) -> Plan:
+    """Read the files of all records and lay out the cache. `multiple`: sides are multiples of so many pixels.
 
-    `before` are the samples of an earlier plan. Raises `UserError` where no sample is sound.
+    `before` are the samples of an earlier plan; where `records` are a `Source` and `cache` is given, what is found out
+    is remembered there, and what is remembered is not found out again. Records pass by one at a time, and of their
+    bytes a few at a time are in memory. Raises `UserError` where no sample is sound, and where a store does not answer.
     """
-    known = {s.sha256: (s.width, s.height) for s in before if s.status == "ok" and s.sha256 is not None}
-    workers = options.encode.workers
-    scans = mapped(lambda record: scan(record, known), records, workers, ahead=4 * workers)
-    scanned = list(progress(scans, title="read images", unit="image", total=len(records)))
-    splits = choose_splits([s.record for s in scanned if s.error is None], options)
-    samples = [sample for s in scanned for sample in _samples(s, splits, options, multiple)]
-    if not any(sample.status == "ok" for sample in samples):
-        reasons = "; ".join(sorted({str(sample.error) for sample in samples})[:3])
-        raise UserError(f"none of the {len(records)} images in {options.data} can be used: {reasons}")
-    texts = {caption: None for s in scanned if s.error is None for caption in s.record.captions}
-    captions = [Caption.of(""), *(Caption.of(text) for text in texts if text)]
-    assert len({sample.key for sample in samples}) == len(samples), "keys are unique"
-    return Plan(samples=sorted(samples, key=lambda sample: sample.key), captions=captions)
+    known: Sizes = {
+        bytes.fromhex(s.sha256): (s.width, s.height)
+        for s in before
+        if s.status == "ok" and s.sha256 is not None and s.width is not None and s.height is not None
+    }
+    memory = None if cache is None else Memory(cache, options.source)
+    rows = _Rows(options, multiple)
+    num_images = records.num_images if isinstance(records, Source) else None
+    scans = scan_all(records, known, memory, options.encode.workers)
+    for scan in progress(scans, title="read images", unit="image", total=num_images):
+        rows.add(scan)
+    return rows.plan()
 
 
-def scan(record: Record, known: Mapping[str, tuple[int | None, int | None]]) -> Scan:
-    """Read one record's files; an unusable one comes back with its reason. `known`: sizes by content hash.
+class _Rows:
+    """The rows of the tables to be, as compact as they can be: what many share is one object."""
 
-    A conditioning image is only hashed. One that is missing or broken is a matter of the condition that reads it: the
-    sample serves the others.
-    """
-    sha256 = width = height = None
-    error = record.error
-    if error is None:
-        try:
-            data = record.image.read_bytes()
-            sha256 = hashlib.sha256(data).hexdigest()
-            if sha256 in known:
-                width, height = known[sha256]
-            else:
-                height, width = images.decode(data).shape[:2]
-        except ImageError as problem:
-            error = str(problem)
-        except OSError as problem:
-            error = f"cannot be read: {problem.strerror}"
-    conditioning_sha256 = None
-    if error is None and record.conditioning is not None:
-        with suppress(OSError):  # the row of the condition that needs it will say so
-            conditioning_sha256 = hashlib.sha256(record.conditioning.read_bytes()).hexdigest()
-    return Scan(record, sha256, width, height, conditioning_sha256, error)
+    def __init__(self, options: PreprocessConfig, multiple: int) -> None:
+        self._options, self._multiple = options, multiple
+        self._samples: list[Sample] = []
+        self._captions: dict[str, Caption] = {}
+        self._blobs: dict[str, Blob] = {}
+        self._once: dict[Hashable, Any] = {}
+        self._source_says_splits = False
+        self._num_images = 0
+
+    def _shared(self, value: T) -> T:
+        """The first object that was equal to this one."""
+        return self._once.setdefault(value, value)
+
+    def add(self, scan: Scan) -> None:
+        """Take up one image."""
+        record = scan.record
+        self._num_images += 1
+        self._blobs[record.name] = record.image
+        if record.conditioning is not None and record.conditioning_name is not None:
+            self._blobs[record.conditioning_name] = record.conditioning
+        if scan.error is None:
+            self._source_says_splits |= record.split is not None
+        ids = []
+        for text in record.captions:
+            caption = Caption.of(text)
+            if scan.error is None:
+                caption = self._captions.setdefault(caption.id, caption)
+            ids.append(caption.id)
+        base = Sample(
+            key=key_of(record.name, 0),
+            source=record.name,
+            sha256=scan.sha256,
+            conditioning_source=record.conditioning_name,
+            conditioning_sha256=scan.conditioning_sha256,
+            width=self._shared(scan.width),
+            height=self._shared(scan.height),
+            variant=0,
+            placement=None,
+            bucket_width=None,
+            bucket_height=None,
+            split=record.split or "train",
+            captions=tuple(ids),
+            caption_weights=self._shared(record.weights),
+            status="ok",
+            error=None,
+        )
+        if scan.error is not None:
+            self._samples.append(replace(base, status="error", error=scan.error))
+            return
+        assert scan.width is not None
+        assert scan.height is not None
+        placements = geometry.place(scan.width, scan.height, record.name, self._options.geometry, self._multiple)
+        self._samples += [
+            replace(
+                base,
+                key=key_of(record.name, variant),
+                variant=variant,
+                placement=self._shared(json.dumps(asdict(placement), sort_keys=True)),
+                bucket_width=self._shared(placement.bucket_width),
+                bucket_height=self._shared(placement.bucket_height),
+            )
+            for variant, placement in enumerate(placements)
+        ]
+
+    def plan(self) -> Plan:
+        """The plan of all that were added."""
+        samples = self._samples
+        if not any(sample.status == "ok" for sample in samples):
+            reasons = "; ".join(sorted({str(sample.error) for sample in samples})[:3])
+            raise UserError(f"none of the {self._num_images} images in {self._options.data} can be used: {reasons}")
+        samples.sort(key=lambda sample: sample.key)
+        assert all(a.key != b.key for a, b in itertools.pairwise(samples)), "keys are unique"
+        if not self._source_says_splits:
+            names = (sample.source for sample in samples if sample.status == "ok" and sample.variant == 0)
+            held_out = choose_held_out(names, self._options)
+            for i, sample in enumerate(samples):
+                if sample.source in held_out:
+                    samples[i] = replace(sample, split="validation")
+        return Plan(samples=samples, captions=self._ordered_captions(), blobs=self._blobs)
+
+    def _ordered_captions(self) -> list[Caption]:
+        sound = (sample for sample in self._samples if sample.status == "ok")
+        empty = Caption.of("")
+        ordered = {empty.id: empty}
+        for sample in sorted(sound, key=unit_order):
+            for caption in sample.captions:
+                ordered.setdefault(caption, self._captions[caption])
+        return list(ordered.values())
 
 
-def choose_splits(records: Sequence[Record], options: PreprocessConfig) -> dict[str, Split]:
-    """Name to split. Where the source names any split, its word holds. Else a name whose hash falls into the lowest
-    `validation_fraction` is held out, up to `validation_max` of the lowest; where none does, the lowest one.
+def unit_order(sample: Sample) -> tuple[int, int, str]:
+    """What sound samples are sorted by before units are cut: a unit holds one shape, and follows the source's order."""
+    assert sample.bucket_width is not None
+    assert sample.bucket_height is not None
+    return sample.bucket_width, sample.bucket_height, sample.key
+
+
+def choose_held_out(names: Iterable[str], options: PreprocessConfig) -> set[str]:
+    """Who is held out where the source says nothing: names whose hash falls into the lowest `validation_fraction`, up
+    to `validation_max` of the lowest; where none does, the lowest one, unless it is the only one.
 
     A name's own hash decides: images that are added move no trained image into the held-out ones, and below
     `validation_max` they move none out.
     """
-    if any(record.split is not None for record in records):
-        return {record.name: record.split or "train" for record in records}
-    held_out: set[str] = set()
-    if options.validation_fraction > 0 and options.validation_max > 0 and len(records) > 1:
-        shares = {record.name: _share(record.name) for record in records}
-        lowest = sorted(shares, key=lambda name: (shares[name], name))[: options.validation_max]
-        held_out = {name for name in lowest if shares[name] < options.validation_fraction} or set(lowest[:1])
-    return {record.name: "validation" if record.name in held_out else "train" for record in records}
+    if options.validation_fraction <= 0 or options.validation_max <= 0:
+        return set()
+    lowest = heapq.nsmallest(max(2, options.validation_max), ((_share(name), name) for name in names))
+    if len(lowest) < 2:
+        return set()
+    lowest = lowest[: options.validation_max]
+    return {name for share, name in lowest if share < options.validation_fraction} or {lowest[0][1]}
 
 
 def _share(name: str) -> float:
@@ -123,51 +190,12 @@ def _share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(f"split {name}".encode()).digest()[:6], "big") / 2**48
 
 
-def _samples(scan: Scan, splits: dict[str, Split], options: PreprocessConfig, multiple: int) -> list[Sample]:
-    record = scan.record
-    base = Sample(
-        key=key_of(record.name, 0),
-        source=record.name,
-        sha256=scan.sha256,
-        conditioning_source=_relative(record.conditioning, options),
-        conditioning_sha256=scan.conditioning_sha256,
-        width=scan.width,
-        height=scan.height,
-        variant=0,
-        placement=None,
-        bucket_width=None,
-        bucket_height=None,
-        split=splits.get(record.name, "train"),
-        captions=tuple(Caption.of(caption).id for caption in record.captions),
-        status="ok",
-        error=None,
-    )
-    if scan.error is not None:
-        return [replace(base, status="error", error=scan.error)]
-    assert scan.width is not None
-    assert scan.height is not None
-    placements = geometry.place(scan.width, scan.height, record.name, options.geometry, multiple)
-    return [
-        replace(
-            base,
-            key=key_of(record.name, variant),
-            variant=variant,
-            placement=json.dumps(asdict(placement), sort_keys=True),
-            bucket_width=placement.bucket_width,
-            bucket_height=placement.bucket_height,
-        )
-        for variant, placement in enumerate(placements)
-    ]
-
-
-def _relative(path: Path | None, options: PreprocessConfig) -> str | None:
-    return None if path is None else path.relative_to(Path(options.data).expanduser()).as_posix()
-
-
 def key_of(name: str, variant: int) -> str:
     """A sample's key: readable, unique by the hash of its whole name, without the dots that end a tar member's key.
 
-    16 hex digits, since names that are not ASCII may have nothing else to tell them apart.
+    The readable part is the end of the name with all its folders, so that the keys of one container follow each other
+    and samples in the order of their keys lie beside each other in it, too. 16 hex digits, since names that are not
+    ASCII may have nothing else to tell them apart.
     """
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[:40]
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(name)[0])[-40:]
     return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}-{variant}"

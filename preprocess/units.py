@@ -7,13 +7,13 @@ no pixels, only where they are: some KB at most for a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from preprocess import encode
 from preprocess.images import ImageError
+from preprocess.sources import Blob
 from shared.cache import schema
 from shared.cache.reader import Place, read_member
 from shared.cache.schema import Caption, Reads, Sample
@@ -26,7 +26,8 @@ class PlacedImage:
 
     sample: Sample
     reads: Reads
-    data: Path
+    blob: Blob | None
+    """Where the bytes of what is read are; None where it has no conditioning image."""
 
     @property
     def key(self) -> str:
@@ -45,7 +46,7 @@ class PlacedImage:
 
     def load(self, storage: Storage) -> NDArray[np.uint8]:
         """uint8 (H, W, 3). Raises as `encode.load_placed`."""
-        return encode.load_placed(self.data, self.sample, self.reads)
+        return encode.load_placed(self.blob, self.sample, self.reads)
 
 
 @dataclass(frozen=True, slots=True)

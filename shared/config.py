@@ -33,8 +33,15 @@ class Config(Protocol):
 C = TypeVar("C", bound=Config)
 
 
-def load(config_class: type[C], arguments: Sequence[str] | None = None, *, command: str) -> C | None:
-    """Read `config_class` from command-line `arguments` (default: the process's own), after an optional `--recipe`.
+def load(
+    config_class: type[C],
+    arguments: Sequence[str] | None = None,
+    *,
+    command: str,
+    recorded: Mapping[str, Any] | None = None,
+) -> C | None:
+    """Read `config_class` from command-line `arguments` (default: the process's own), after an optional `--recipe`, and
+    that after the options of an earlier run (`recorded`, as `to_dict` gives them).
 
     With `--dry-run` the resolved configuration is printed as YAML and None comes back. Unknown recipe keys and
     impossible values raise `UserError`; unknown command-line options exit with code 2 and the nearest name.
@@ -42,7 +49,7 @@ def load(config_class: type[C], arguments: Sequence[str] | None = None, *, comma
     words = list(sys.argv[1:] if arguments is None else arguments)
     dry_run = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
-    recipe: list[str] = []
+    recipe = option_words(config_class, recorded or {}, "the options that were recorded")
     while (at := next((i for i, word in enumerate(words) if word.split("=")[0] == "--recipe"), None)) is not None:
         has_value = "=" in words[at]
         if not has_value and at + 1 == len(words):
@@ -78,6 +85,12 @@ def recipe_arguments(config_class: type[Any], path: Path) -> list[str]:
         return []  # all of it is comments
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must hold keys and values, but holds a {type(content).__name__}")
+    return option_words(config_class, content, str(path))
+
+
+def option_words(config_class: type[Any], content: Mapping[str, Any], where: str) -> list[str]:
+    """The command-line words that say what `content` says, options by name. Unknown keys raise `UserError`, which says
+    that they are in `where`."""
     known = _leaf_types(config_class)
     words: list[str] = []
     for key, value in _flatten(content):
@@ -85,11 +98,11 @@ def recipe_arguments(config_class: type[Any], path: Path) -> list[str]:
         if value is None and any(other.startswith(f"{name}.") for other in known):
             continue  # a section whose options are all comments
         if name not in known:
-            raise UserError(f"{path}: unknown key '{key}': {nearest(name, known)}")
+            raise UserError(f"{where}: unknown key '{key}': {nearest(name, known)}")
         values = value if isinstance(value, list) else [value]
         if _is_text(known[name]) and (wrong := [item for item in values if not isinstance(item, str | None)]):
             # YAML reads no as false and 0123 as 83: what would be passed on is not what was written.
-            raise UserError(f"{path}: {key} is a text, but {wrong[0]!r} is none: put it in quotes")
+            raise UserError(f"{where}: {key} is a text, but {wrong[0]!r} is none: put it in quotes")
         option = "--" + name.replace("_", "-")
         if isinstance(value, list):
             words += [option, *(str(item) for item in value)]

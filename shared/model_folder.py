@@ -124,10 +124,15 @@ def tensors_sha256(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
 
 
 def resolve(
-    name: str, components: Sequence[str], revision: str | None = None, extra: Sequence[str] = ("model_index.json",)
+    name: str,
+    components: Sequence[str],
+    revision: str | None = None,
+    extra: Sequence[str] = ("model_index.json",),
+    *,
+    local_only: bool = False,
 ) -> ModelFolder:
     """Find a model: a local folder as it is, a hub id through its local cache, downloading only these components
-    (and the `extra` file patterns).
+    (and the `extra` file patterns). With `local_only` nothing is downloaded: what the local cache has is the model.
 
     Raises `UserError` for a folder that is none, an unknown or gated repository, or no network.
     """
@@ -148,7 +153,7 @@ def resolve(
 
     patterns = [*extra, *(f"{part}/{pattern}" for part in components for pattern in _PATTERNS)]
     try:
-        local = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        local = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_only))
     except GatedRepoError as error:
         raise UserError(
             f"model {name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
@@ -162,6 +167,8 @@ def resolve(
     except HFValidationError as error:
         raise UserError(f"'{name}' is neither a folder on this machine nor a hub id: {error}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if local_only:
+            raise UserError(f"model {name} is not on this machine") from error
         raise UserError(
             f"model {name} is neither a folder here nor can it be fetched from the hub (is there a network?): "
             f"{str(error).splitlines()[0]}"

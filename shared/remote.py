@@ -50,6 +50,8 @@ class Info(NamedTuple):
     num_bytes: int
     changed: float | None
     """Seconds since 1970; None where the store does not say."""
+    version: str | None
+    """An ETag or the like: whenever the bytes change, so does it. None where the store has none."""
 
 
 class MissingError(Exception):
@@ -97,11 +99,17 @@ class Remote:
         start = 0
         while start < num_bytes:
             stop = min(start + PIECE_BYTES, num_bytes)
-            piece = self._piece(name, start, stop, num_bytes)
+            piece = self._from(name, start, stop, num_bytes)
             yield piece
             start += len(piece)
 
-    def _piece(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
+    def piece(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
+        """Bytes `start` to `stop` of a file of `num_bytes`. Raises as `pieces`."""
+        return self._from(name, start, stop, num_bytes)[: stop - start]
+
+    def _from(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
+        """`piece`, or all from `start` on where the server sends nothing less."""
+
         def ask(fs: Any, path: str) -> bytes:
             try:
                 data: bytes = fs.cat_file(f"{path}/{name}", start=start, end=stop)
@@ -300,7 +308,9 @@ def _info_of(info: dict[str, Any]) -> Info:
             changed = None
     if isinstance(changed, datetime):
         changed = changed.timestamp()
-    return Info(int(info["size"] or 0), changed if isinstance(changed, int | float) else None)
+    tags = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "content_md5", "blob_id")
+    version = next((f"{tag} {info[tag]}" for tag in tags if info.get(tag)), None)
+    return Info(int(info["size"] or 0), changed if isinstance(changed, int | float) else None, version)
 
 
 def _kind(error: BaseException) -> Literal["absent", "refused", "lasting", "passing"] | None:
@@ -334,8 +344,7 @@ def _status(error: BaseException) -> int | None:
         if isinstance(response, dict):  # botocore's
             candidates = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
         else:
-            candidates = [getattr(response, "status_code", None), getattr(seen, "status", None)]
-            candidates.append(getattr(seen, "code", None))
+            candidates = [getattr(response, "status_code", None), vars(seen).get("status"), vars(seen).get("code")]
         for candidate in candidates:
             if isinstance(candidate, int | str) and str(candidate).isdigit() and 100 <= int(candidate) < 600:
                 return int(candidate)

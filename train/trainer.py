@@ -44,13 +44,13 @@ def train(options: TrainConfig) -> int:
     """Train, or go on training, the run that `options` describe. Exit code 0. Raises `UserError` before anything is
     loaded where something does not fit."""
     quiet_libraries()
-    cache = Cache(Path(options.cache))
+    cache = Cache(options.cache, options.remote)
     family = families.get(cache.family)
-    condition = options.condition or cache.manifest["condition"]
-    samples = CachedSamples(cache, family, condition, "train")
-    held_out = CachedSamples(cache, family, condition, "validation")
+    conditions = options.condition or (cache.manifest["condition"],)
+    samples = CachedSamples(cache, family, conditions, "train")
+    held_out = CachedSamples(cache, family, conditions, "validation")
     if not len(samples):
-        raise UserError(f"{cache.path} has no sound sample to train on")
+        raise UserError(f"{cache.url} has no sound sample to train on")
     model = resolve(
         options.model or cache.manifest["model"]["name"],
         components=(family.base_component, "vae", "scheduler"),
@@ -61,8 +61,8 @@ def train(options: TrainConfig) -> int:
     facts = {
         "family": family.name,
         "model": {"name": model.name, "revision": model.revision},
-        "condition": condition,
-        "cache": {name: layer.summary.fingerprint for name, (_, layer) in samples.layers.items()},
+        "condition": list(conditions),
+        "cache": samples.fingerprints,
         "sizes": [list(size) for size in samples.sizes],
         "text_length": next((r["text_length"] for r in samples.recipes.values() if "text_length" in r), None),
     }
@@ -156,6 +156,8 @@ def _warn(
     unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
     if options.controlnet.start_from is not None and options.controlnet.embedder != ControlNetOptions.embedder:
         unused.append("controlnet.embedder")
+    if not options.loader.condition_draw and "condition_latents.std" not in parts[0].shapes:
+        unused.append("loader.condition_draw")  # of a posterior that is no more, nothing can be drawn
     for name in unused:
         warn(f"option {name} has no effect with the other options as they are")
     if remark:
@@ -263,15 +265,21 @@ class Trainer:
         try:
             if self.loader.step == 0:
                 self._look(0)
-            self._steps()
+            waited = self._steps()
         finally:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
             done = "trained to" if self.loader.step >= self.options.steps else "stopped and saved at"
-            say(f"{done} step {self.loader.step}: {self.run.folder / checkpoints.CONTROLNET}")
+            say(
+                f"{done} step {self.loader.step}: {self.run.folder / checkpoints.CONTROLNET}; "
+                f"{waited:.1%} of the time went into waiting for data"
+            )
 
-    def _steps(self) -> None:
-        options = self.options
+    def _steps(self) -> float:
+        """Step until the last one; the share of the time that went into waiting for data comes back. It begins with
+        the second step, since nothing could be read ahead of the first."""
+        options, first = self.options, self.loader.step + 1
+        waited_seconds, worked_seconds, share = 0.0, 0.0, 0.0
         with (
             _stopping() as stop,
             progress(title="train", unit="step", total=options.steps, initial=self.loader.step) as bar,
@@ -283,6 +291,11 @@ class Trainer:
                 figures = self.step(batches)
                 figures["data_wait_seconds"] = self.loader.waited_seconds
                 figures["step_seconds"] = time.perf_counter() - began
+                if step > first:
+                    waited_seconds += figures["data_wait_seconds"]
+                    worked_seconds += figures["step_seconds"]
+                    share = waited_seconds / (waited_seconds + worked_seconds)
+                figures["data_wait_share"] = share
                 if self.accelerator.is_main_process:
                     self.run.log(step, figures)
                     self._track(flatten(figures, "train"), step)
@@ -294,6 +307,8 @@ class Trainer:
                     self._save(step)
                 if last:
                     break
+                del batches  # their memory serves for the next ones
+        return share
 
     def step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on the batches of one step. Raises `UserError` naming the samples where the loss or the
@@ -324,11 +339,9 @@ class Trainer:
         """The loss of each sample, (B,) fp32: the method itself."""
         family, recipes = self.family, self.samples.recipes
         generator = torch.Generator(self.device).manual_seed(seed_of(self.options.seed, batch.position, 3))
-        raw = batch.tensors
-        x_0 = family.model_latents(raw["latents.mean"], raw["latents.std"], recipes["latents"], generator, self.dtype)
+        x_0 = family.model_latents(batch.role("latents"), recipes["latents"], generator, self.dtype)
         condition = family.model_latents(
-            raw["condition_latents.mean"],
-            raw["condition_latents.std"],
+            batch.role("condition_latents"),
             recipes["condition_latents"],
             generator if self.options.loader.condition_draw else None,
             self.dtype,

@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared.cache.reader import Layer
 from shared.errors import UserError
 from shared.families.base import Batch, Decode, Family, Inputs
 from shared.model_folder import ModelFolder
 from shared.pictures import grid
 from train.adapters.controlnet import ControlNetAdapter
-from train.loader import CachedSamples, to_device
+from train.loader import CachedSamples, Size, to_device
 from train.objectives import Objective
+from train.order import Permutation
 
 Control = Literal["own", "other", "none"]
 _LOSSES, _PICTURES = 5, 6
@@ -90,28 +90,25 @@ class Validation:
     ) -> None:
         self.samples, self.family, self.model, self.objective = samples, family, model, objective
         self.options, self.seed, self.device, self.dtype = options, seed, device, dtype
-        chosen = np.random.default_rng([seed, 7]).permutation(len(samples))
-        self.indices = [int(index) for index in chosen[: max(options.samples, options.pictures)]]
+        count = min(len(samples), max(options.samples, options.pictures))
+        self.indices: list[int] = Permutation(len(samples), seed, "held out").of(np.arange(count)).tolist()
         self._without: torch.Tensor | None = None  # the base is frozen: computed once
         self._pictures_without: dict[int, NDArray[np.uint8]] = {}
 
     def _batches(self, indices: list[int]) -> Iterator[tuple[list[int], Batch]]:
-        """(indices, batch) of at most `batch_size` samples of one shape, first captions, last (finest) drawings."""
-        by_size: dict[tuple[int | None, int | None], list[int]] = {}
+        """(indices, batch) of at most `batch_size` samples of one shape, first captions, last (finest) drawings; of
+        several conditions each sample has one."""
+        by_size: dict[Size, list[int]] = {}
         for index in indices:
-            sample = self.samples.samples[index]
-            by_size.setdefault((sample.bucket_height, sample.bucket_width), []).append(index)
+            by_size.setdefault(self.samples.size_of(index), []).append(index)
         for group in by_size.values():
             for i in range(0, len(group), self.options.batch_size):
                 part = group[i : i + self.options.batch_size]
-                captions = [self.samples.samples[index].captions[0] for index in part]
-                batch = self.samples.batch(part, captions, [self.samples.num_drawings - 1] * len(part))
-                yield part, to_device(batch, self.device)
+                yield part, to_device(self.samples.batch(part), self.device)
 
     def _latents(self, batch: Batch, role: str) -> torch.Tensor:
-        """Final latents (B, T, C): posterior means, nothing drawn."""
-        mean, std = batch.tensors[f"{role}.mean"], batch.tensors[f"{role}.std"]
-        return self.family.model_latents(mean, std, self.samples.recipes[role], None, self.dtype)
+        """Final latents (B, T, C), nothing drawn: posterior means, or the draws that are cached in their place."""
+        return self.family.model_latents(batch.role(role), self.samples.recipes[role], None, self.dtype)
 
     @torch.no_grad()
     def losses(self, adapter: ControlNetAdapter, control: Control) -> torch.Tensor:
@@ -120,14 +117,13 @@ class Validation:
         indices = self.indices[: self.options.samples]
         J = self.options.timesteps
         losses = torch.full((len(indices), J), math.nan)
-        neighbours = self._neighbours()
+        neighbours = {index: self._neighbour(index) for index in indices}
         for part, batch in self._batches(indices):
             x_0 = self._latents(batch, "latents")
             condition = self._latents(batch, "condition_latents")
             if control == "other":
                 others = [neighbours[index] for index in part]
-                captions = [self.samples.samples[index].captions[0] for index in others]
-                theirs = self.samples.batch(others, captions, [self.samples.num_drawings - 1] * len(others))
+                theirs = self.samples.batch(others, conditions=[self.samples.condition_of(index) for index in part])
                 condition = self._latents(to_device(theirs, self.device), "condition_latents")
             inputs = self.family.inputs(batch, condition, self.dtype)
             for j in range(J):
@@ -141,12 +137,10 @@ class Validation:
                         losses[indices.index(index), j] = loss[row]
         return losses
 
-    def _neighbours(self) -> dict[int, int]:
-        """Each held-out sample's partner of the same shape: the next one in its bucket, around."""
-        by_size: dict[tuple[int | None, int | None], list[int]] = {}
-        for index, sample in enumerate(self.samples.samples):
-            by_size.setdefault((sample.bucket_height, sample.bucket_width), []).append(index)
-        return {index: group[(i + 1) % len(group)] for group in by_size.values() for i, index in enumerate(group)}
+    def _neighbour(self, index: int) -> int:
+        """A held-out sample's partner of the same shape: the next one, around."""
+        size = self.samples.size_of(index)
+        return index + 1 if index + 1 < size.stop else size.start
 
     @staticmethod
     def _predict(
@@ -194,7 +188,6 @@ class Validation:
                 painted[index] = controlled[row], None if free is None else free[row], x_0[row]
         # The decoder is in memory only from here to the end of this function, when no activations are.
         decode = self.family.open_decoder(self.model, str(self.device), self.dtype)
-        drawings = self.samples.cache.layer(self.samples.condition)
         rows = []
         for index in indices:
             controlled_0, free_0, original_0 = painted[index]
@@ -202,7 +195,7 @@ class Validation:
                 self._pictures_without[index] = self._decode(decode, index, free_0)
             rows.append(
                 [
-                    self._drawing(drawings, index),
+                    self._drawing(index),
                     self._decode(decode, index, controlled_0),
                     self._pictures_without[index],
                     self._decode(decode, index, original_0),
@@ -222,14 +215,14 @@ class Validation:
         )
 
     def _decode(self, decode: Decode, index: int, x_0: torch.Tensor) -> NDArray[np.uint8]:
-        sample = self.samples.samples[index]
-        assert sample.bucket_height is not None
-        assert sample.bucket_width is not None
-        return decode(x_0[None], sample.bucket_height, sample.bucket_width)[0].numpy()
+        size = self.samples.size_of(index)
+        return decode(x_0[None], size.height, size.width)[0].numpy()
 
-    def _drawing(self, drawings: Layer, index: int) -> NDArray[np.uint8]:
+    def _drawing(self, index: int) -> NDArray[np.uint8]:
         """The finest drawing of a sample's condition, as it was encoded."""
-        key = self.samples.samples[index].key
+        samples = self.samples
+        drawings = samples.cache.layer(samples.conditions[samples.condition_of(index)])
+        key = samples.key(index)
         last = max(drawings.members(key), key=lambda member: int(member.split(".")[0]))
         return np.asarray(Image.open(io.BytesIO(drawings.read(key, last))).convert("RGB"))
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import Any, Final
 
 from preprocess.conditions.base import Condition
 from shared.errors import UserError, nearest
 
+_SHARED: Final = frozenset({"base", "detection", "weights"})
+"""The files here that are no conditions: what several of them share."""
+
 
 def names() -> list[str]:
     """The conditions there are, sorted: the files of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
 def get(name: str) -> type[Condition[Any]]:

@@ -1,6 +1,7 @@
 """What every condition answers: its options, what it reads, what its drawings depend on, and how to draw them.
 
-Shapes: B images, R drawings of each, H and W pixels, 3 channels RGB, 0..255. Drawings are white-hot: white on black.
+Shapes: B images, R drawings of each, H and W pixels, 3 channels RGB, 0..255. Lines are drawn white-hot: white on
+black.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class Condition(ABC, Generic[OptionsT]):
     """The frozen dataclass of its settings, with `check()`."""
     reads: ClassVar[Literal["image", "conditioning_image"]]
     """Which pixels the drawer is given: the sample's image, or the drawing that came with it; either placed already."""
+
+    png_bytes_per_pixel: ClassVar[float] = 1 / 3
+    """About how large the drawings are on disk, for the check before the start. Lines: measured 0.1 to 0.3."""
 
     def __init__(self, options: OptionsT) -> None:
         options.check()

@@ -29,6 +29,7 @@ class Precomputed(Condition[PrecomputedOptions]):
     name = "precomputed"
     Options = PrecomputedOptions
     reads = "conditioning_image"
+    png_bytes_per_pixel = 2.0  # they may be photographs
 
     def recipe(self) -> dict[str, Any]:
         return {"invert": self.options.invert}

@@ -25,6 +25,8 @@ MANIFEST = "cache.json"
 SAMPLES = "samples.parquet"
 CAPTIONS = "captions.parquet"
 LAYER = "layer.json"
+SCAN = "scan"
+"""A folder that no list names: preprocessing's own memory of the data set. It may be removed."""
 OPTIONS = "options.json"
 """What preprocessing was run with last, but for the cache's own path: what `status` and `repair` go by."""
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shared.atomic import LOCK, PART
+from shared.errors import UserError
 from shared.report import warn
 
 SHARDS = "shards"
@@ -55,7 +57,7 @@ def begin(path: Path, *, wait: bool) -> Part | None:
         # has its name.
         while _is_at(handle, part_of(path)):
             with suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(handle, part_of(path)):
                     mine, handle = handle, -1
                     return Part(path, mine)
@@ -77,7 +79,7 @@ def hold(path: Path, num_bytes: int) -> int | None:
             handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        _lock(handle, path, fcntl.LOCK_SH)
         if _is_at(handle, path):
             break
         os.close(handle)  # removed while this waited for the lock
@@ -97,7 +99,8 @@ class ShardCache:
         self._warned = False
 
     def make_room(self, part: Part, num_bytes: int, let_go: Callable[[], bool], *, crowd: bool) -> bool:
-        """Remove what was used longest ago until `part` may grow to `num_bytes`, which are then reserved.
+        """Remove what was used longest ago until `part` may grow to `num_bytes`, which are then reserved: until the
+        limit is kept and the disk has room.
 
         `let_go` gives up something that this process holds, or says that there is nothing more. Where all that is left
         is held, False comes back; with `crowd` the limit is exceeded instead, and a warning says so.
@@ -110,8 +113,9 @@ class ShardCache:
             if not self._warned:
                 self._warned = True
                 warn(
-                    f"{self.folder} may hold {self.limit_bytes:,} bytes, but {self.limit_bytes + too_many:,} are in "
-                    "use at once: raise remote.shard_cache_bytes"
+                    f"the shards in use at once need {too_many:,} bytes more than {self.folder} has for them: raise "
+                    f"remote.shard_cache_bytes ({self.limit_bytes:,}) where the disk allows, or choose another "
+                    "remote.folder"
                 )
             os.ftruncate(part.handle, num_bytes)
             break
@@ -121,8 +125,9 @@ class ShardCache:
         """Bytes that are still too many; where there are none, the room is reserved."""
         with self._alone():
             files = [file for file in self._files() if file[2] != str(part_of(part.path))]
-            too_many = num_bytes + sum(size for _, size, _ in files) - self.limit_bytes
-            for _, size, path in sorted(files):
+            free = shutil.disk_usage(self.folder).free - sum(unwritten for *_, unwritten in files)
+            too_many = num_bytes + max(sum(file[1] for file in files) - self.limit_bytes, -free)
+            for _, size, path, _ in sorted(files):
                 if too_many <= 0:
                     break
                 if _removed(path):
@@ -131,21 +136,22 @@ class ShardCache:
                 os.ftruncate(part.handle, num_bytes)  # counted by others from now on
             return too_many
 
-    def _files(self) -> Iterator[tuple[int, int, str]]:
-        """(last use, bytes, path) of every shard, those being fetched too."""
+    def _files(self) -> Iterator[tuple[int, int, str, int]]:
+        """(last use, bytes, path, bytes still to be written) of every shard, those being fetched too."""
         for cache in os.scandir(self.folder):
             for folder, _, names in os.walk(os.path.join(cache.path, SHARDS)):
                 for name in names:
                     path = os.path.join(folder, name)
                     with suppress(FileNotFoundError):
                         stat = os.stat(path)
-                        yield stat.st_mtime_ns, stat.st_size, path
+                        unwritten = max(stat.st_size - stat.st_blocks * 512, 0) if name.endswith(PART) else 0
+                        yield stat.st_mtime_ns, stat.st_size, path, unwritten
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock(handle, self.folder, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)
@@ -159,18 +165,32 @@ def part_of(path: Path) -> Path:
 def _removed(path: str) -> bool:
     """Remove a file that nobody holds or fetches; whether it is gone."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR)  # NFS locks for writing only what is open for it
     except FileNotFoundError:
         return True
+    except PermissionError:  # another user's
+        return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(handle, path):
             os.unlink(path)
         return True
-    except OSError:  # held, or not ours to remove
+    except BlockingIOError:  # held
         return False
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, path: str | Path, how: int) -> None:
+    try:
+        fcntl.flock(handle, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be locked ({error.strerror}), by which processes agree on fetched shards: choose a "
+            "remote.folder on a local disk"
+        ) from error
 
 
 def _is_at(handle: int, path: str | Path) -> bool:

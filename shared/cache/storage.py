@@ -16,7 +16,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -221,7 +221,7 @@ class RemoteStorage(Storage):
         self._sizes: dict[str, int] | None = None
         self._waiting: queue.Queue[str] = queue.Queue(maxsize=UPLOADS_AHEAD)
         self._uploader: threading.Thread | None = None
-        self._failed: UserError | None = None
+        self._failed: BaseException | None = None
 
     def _here(self) -> None:
         if self._process != os.getpid():  # forked: locks and threads are the parent's, and so is what it holds
@@ -235,20 +235,17 @@ class RemoteStorage(Storage):
     # Reading
 
     def size(self, name: str) -> int | None:
-        self._here()
+        self.flush()
         if self._sizes is not None:
             return self._sizes.get(name)
         info = self._remote.info(name)
         return None if info is None else info.num_bytes
 
     def listing(self, prefix: str = "") -> dict[str, int]:
-        self._here()
-        return {name: size for name, size in sorted(self._listed().items()) if name.startswith(prefix)}
-
-    def _listed(self) -> dict[str, int]:
+        self.flush()
         if self._sizes is None:
             self._sizes = {name: info.num_bytes for name, info in self._remote.listing().items()}
-        return self._sizes
+        return {name: size for name, size in sorted(self._sizes.items()) if name.startswith(prefix)}
 
     def fetch(self, name: str, *, num_bytes: int | None = None, checksum: str | None = None) -> Path:
         self._here()
@@ -298,7 +295,7 @@ class RemoteStorage(Storage):
                 info = self._remote.info(name)
                 if info is None:
                     raise self._missing(name)
-                num_bytes = info.num_bytes
+                num_bytes = info.num_bytes or len(self._remote.read(name))  # some web servers do not say
             if (part := shard_cache.begin(path, wait=True)) is not None:
                 if path.is_file() and schema.file_checksum(path) == checksum:  # another process was here
                     part.give_up()
@@ -444,14 +441,7 @@ class RemoteStorage(Storage):
                     self._threads.remove(threading.current_thread())
                     return
                 now = time.monotonic()
-                file = next(
-                    (
-                        file
-                        for name, file in self._ahead.items()
-                        if name not in self._held and name not in self._taken and later.get(name, 0) <= now
-                    ),
-                    None,
-                )
+                file = self._next_ahead({name for name, when in later.items() if when > now})
                 if file is None:
                     later = {name: when for name, when in later.items() if when > now}
                     self._changed.wait(timeout=0.1 if later else None)
@@ -467,6 +457,18 @@ class RemoteStorage(Storage):
                 later[file.name] = time.monotonic() + 0.2
             with self._changed:
                 self._taken.discard(file.name)
+
+    def _next_ahead(self, later: Set[str]) -> Listed | None:
+        """The first announced shard that is neither here nor being fetched; of those that fit into the local folder
+        together, so that none drives out one that is needed before it. Needs the lock."""
+        room = self.options.shard_cache_bytes
+        for name, file in self._ahead.items():
+            room -= file.num_bytes
+            if room < 0:
+                return None
+            if name not in self._held and name not in self._taken and name not in later:
+                return file
+        return None
 
     # Writing
 
@@ -547,11 +549,8 @@ class RemoteStorage(Storage):
             try:
                 if self._failed is None:  # else an index could come to a tar that is not there
                     self._upload_one(name)
-            except UserError as error:
+            except BaseException as error:  # handed to whoever asks next; this thread goes on emptying the queue
                 self._failed = error
-            except BaseException as error:
-                self._failed = UserError(f"{self.url}/{name} was not uploaded: {error!r}")
-                raise
             finally:
                 self._waiting.task_done()
 

@@ -116,7 +116,7 @@ def _unlisted(path: Path, listed: list[Path]) -> list[str]:
     referred = {*listed, *(file.parent for file in listed)}
     found = set()
     for file in path.rglob("*"):
-        if file.is_file() and file not in referred:
+        if file.is_file() and file not in referred and file.relative_to(path).parts[0] != schema.SCAN:
             top = path / file.relative_to(path).parts[0]
             found.add(file if top in referred or top == file else top)
     return sorted(f"{file.relative_to(path)}{'/' if file.is_dir() else ''}" for file in found)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, torch.Tensor]
 
+Posterior = Literal["moments", "mean", "sample"]
+"""What of a VAE's posterior is kept: its mean and standard deviation, its mean, or one draw."""
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -33,6 +36,7 @@ class LayerKind:
     components: tuple[str, ...]
     """Folders of the model whose content decides the bytes. The first holds the encoder's weights."""
     fields: tuple[Field, ...]
+    """What the encoder gives; of a posterior, its moments."""
     shard_rows: int
     """Rows of one shard, the unit of work: some hundred MB, some minutes."""
 
@@ -66,6 +70,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def role(self, name: str) -> Tensors:
+        """The tensors of one layer under its fields' names: of "latents", "mean" and what else is cached."""
+        return {key.split(".", 1)[1]: tensor for key, tensor in self.tensors.items() if key.split(".", 1)[0] == name}
 
 
 @dataclass
@@ -130,18 +138,39 @@ class Family(ABC):
         Reads configuration files, tokenizers and the weights' headers only."""
 
     @abstractmethod
-    def encoder_recipe(self, layer: LayerKind, model: ModelFolder, text_length: int) -> dict[str, Any]:
+    def fields(self, layer: LayerKind, posterior: Posterior) -> tuple[Field, ...]:
+        """What one row of this layer holds. Layers that are no VAE's have the same fields with every `posterior`."""
+
+    @abstractmethod
+    def encoder_recipe(
+        self, layer: LayerKind, model: ModelFolder, text_length: int, posterior: Posterior = "moments"
+    ) -> dict[str, Any]:
         """All that this layer's bytes depend on in the encoder but its precision: weights (digests), settings."""
 
     @abstractmethod
     def open_encoder(
         self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype, text_length: int
     ) -> Encode:
-        """Load the layer's encoder. Dropping the returned callable frees it."""
+        """Load the layer's encoder, which gives the layer kind's `fields`. Dropping the returned callable frees it."""
 
     @abstractmethod
-    def row_bytes(self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int) -> int:
+    def keep(self, layer: LayerKind, tensors: Tensors, posterior: Posterior, seed: str) -> Tensors:
+        """Of what the encoder gave for one row, what the cache keeps: `fields`, in the same dtype, on the CPU.
+
+        A draw is a function of the moments and of `seed` alone: neither the batch nor the order nor the device
+        matters. The seed is to name the layer and the row's input."""
+
+    @abstractmethod
+    def row_bytes(
+        self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int,
+        posterior: Posterior = "moments",
+    ) -> int:  # fmt: skip
         """Bytes that one row of this layer will take on disk, for an image of `pixels` pixels."""
+
+    @abstractmethod
+    def count_tokens(self, model: ModelFolder, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, its end included and nothing cut off: what the text length is to hold. Reads the
+        tokenizer only."""
 
     @abstractmethod
     def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
@@ -181,15 +210,11 @@ class Family(ABC):
 
     @abstractmethod
     def model_latents(
-        self,
-        mean: torch.Tensor,
-        std: torch.Tensor,
-        recipe: Mapping[str, Any],
-        generator: torch.Generator | None,
-        dtype: torch.dtype,
+        self, raw: Tensors, recipe: Mapping[str, Any], generator: torch.Generator | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Raw moments (B, 16, h, w) -> final latents (B, T, C): a draw of the posterior (the mean without a
-        generator), shifted and scaled as the layer's recipe says, packed. Computed in fp32, rounded once."""
+        """Raw latents, (B, 16, h, w) under the layer's field names -> final latents (B, T, C): shifted and scaled as
+        the layer's recipe says, packed. Of "mean" and "std" a draw of the posterior, without a generator the mean; a
+        lone "mean" or "sample" as it is. Computed in fp32, rounded once."""
 
     @abstractmethod
     def inputs(self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype) -> Inputs:

@@ -7,7 +7,9 @@ channels of a token, L text tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,18 @@ from PIL import Image
 
 from shared.cache.schema import Field
 from shared.errors import UserError
-from shared.families.base import Batch, Decode, Encode, Family, Inputs, LayerKind, Order, Paint, Tensors
+from shared.families.base import (
+    Batch,
+    Decode,
+    Encode,
+    Family,
+    Inputs,
+    LayerKind,
+    Order,
+    Paint,
+    Posterior,
+    Tensors,
+)
 from shared.model_folder import ModelFolder, resolve, tensors_sha256
 
 _MOMENTS = (
@@ -67,7 +80,17 @@ class Flux(Family):
         _clip_tokenizer(model)
         _t5_tokenizer(model)
 
-    def encoder_recipe(self, layer: LayerKind, model: ModelFolder, text_length: int) -> dict[str, Any]:
+    def fields(self, layer: LayerKind, posterior: Posterior) -> tuple[Field, ...]:
+        if layer.components[0] != "vae" or posterior == "moments":
+            return layer.fields
+        [mean] = [field for field in layer.fields if field.name == "mean"]
+        if posterior == "mean":
+            return (mean,)
+        return (replace(mean, name="sample", meaning=mean.meaning.replace("mean of", "one draw of", 1)),)
+
+    def encoder_recipe(
+        self, layer: LayerKind, model: ModelFolder, text_length: int, posterior: Posterior = "moments"
+    ) -> dict[str, Any]:
         recipe: dict[str, Any] = {
             "family": self.name,
             "encoder": {component: model.sha256(component) for component in layer.components},
@@ -77,6 +100,8 @@ class Flux(Family):
             recipe["shift"], recipe["scale"] = config["shift_factor"], config["scaling_factor"]
             # Training loads the decoder alone and recognises by this that it belongs to the latents.
             recipe["decoder_sha256"] = decoder_sha256(model)
+            if posterior != "moments":
+                recipe["posterior"] = posterior
         if layer.name == "t5":
             recipe["text_length"] = text_length
         return recipe
@@ -90,22 +115,38 @@ class Flux(Family):
             return _open_clip(model, device, dtype)
         return _open_t5(model, device, dtype, text_length)
 
-    def row_bytes(self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int) -> int:
+    def keep(self, layer: LayerKind, tensors: Tensors, posterior: Posterior, seed: str) -> Tensors:
+        if layer.components[0] != "vae" or posterior == "moments":
+            return tensors
+        mean = tensors["mean"]
+        if posterior == "mean":
+            return {"mean": mean}
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+        noise = torch.randn(mean.shape, generator=generator)
+        return {"sample": (mean.float() + tensors["std"].float() * noise).to(mean.dtype)}
+
+    def row_bytes(
+        self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int,
+        posterior: Posterior = "moments",
+    ) -> int:  # fmt: skip
         if layer.name == "t5":
             numbers = text_length * model.config("text_encoder_2")["d_model"]
         elif layer.name == "clip":
             numbers = model.config("text_encoder")["hidden_size"]
         else:
-            numbers = 2 * 16 * pixels // 64
+            numbers = len(self.fields(layer, posterior)) * 16 * pixels // 64
         return numbers * dtype.itemsize + 1024  # two tar blocks: the member's header, and the tensors' own
 
-    def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
+    def count_tokens(self, model: ModelFolder, captions: Sequence[str]) -> list[int]:
         tokenizer = _t5_tokenizer(model)
-        count = 0
+        counts: list[int] = []
         for i in range(0, len(captions), 1000):  # a tokenizer's answer takes some KB for each caption
             ids = tokenizer(list(captions[i : i + 1000]), truncation=False, verbose=False).input_ids
-            count += sum(len(tokens) > text_length for tokens in ids)
-        return count
+            counts += map(len, ids)
+        return counts
+
+    def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
+        return sum(num_tokens > text_length for num_tokens in self.count_tokens(model, captions))
 
     # Stage 2
 
@@ -115,8 +156,9 @@ class Flux(Family):
         config = model.config("transformer")
         if (found := config.get("_class_name")) != self.base_class:
             raise UserError(f"this cache is for {self.name}, but model {model.name} has a {found}")
+        [latents, *_] = [field for field in fields if field.startswith("latents.")]
         facts = {
-            "latents.mean": (0, config["in_channels"] // 4, "latent channels"),
+            latents: (0, config["in_channels"] // 4, "latent channels"),
             "t5.prompt_embeds": (1, config["joint_attention_dim"], "features of the T5 embeddings"),
             "clip.pooled_prompt_embeds": (0, config["pooled_projection_dim"], "features of the CLIP embedding"),
         }
@@ -198,17 +240,12 @@ class Flux(Family):
             raise UserError("control_mode is set, but this ControlNet is not a union: leave it out")
 
     def model_latents(
-        self,
-        mean: torch.Tensor,
-        std: torch.Tensor,
-        recipe: Mapping[str, Any],
-        generator: torch.Generator | None,
-        dtype: torch.dtype,
+        self, raw: Tensors, recipe: Mapping[str, Any], generator: torch.Generator | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        latents = mean.float()
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
-            latents = latents + std.float() * noise
+        latents = (raw["sample"] if "sample" in raw else raw["mean"]).float()
+        if "std" in raw and generator is not None:
+            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+            latents = latents + raw["std"].float() * noise
         return pack((latents - recipe["shift"]) * recipe["scale"]).to(dtype)
 
     def inputs(self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype) -> Inputs:

@@ -10,6 +10,7 @@ import pytest
 
 from preprocess.config import PreprocessConfig
 from preprocess.pipeline import preprocess
+from preprocess.sources import Blob, File
 from shared.cache.reader import Cache
 
 
@@ -38,6 +39,17 @@ def ran(options: PreprocessConfig, capsys: pytest.CaptureFixture[str]) -> Ran:
         printed.out,
         printed.err,
     )
+
+
+class FilesBelow(dict[str, Blob]):
+    """Where the bytes of each source in a folder are, as a plan has it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Blob:
+        return File(str(self.folder), name)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

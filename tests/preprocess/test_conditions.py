@@ -50,9 +50,9 @@ def fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_the_folder_is_the_registry() -> None:
-    files = {path.stem for path in Path(conditions.__file__).parent.glob("*.py")} - {"__init__", "base"}
-    assert conditions.names() == sorted(files)
-    assert {"canny", "lineart", "precomputed"} <= files
+    files = {path.stem for path in Path(conditions.__file__).parent.glob("*.py")}
+    assert conditions.names() == sorted(files - {"__init__", "base", "detection", "weights"})
+    assert {"canny", "depth", "lineart", "lineart_anime", "precomputed", "softedge", "tile"} <= files
 
 
 @pytest.mark.parametrize("name", conditions.names())
@@ -70,15 +70,17 @@ def test_an_unknown_condition_is_refused_with_the_nearest_name() -> None:
         conditions.get("linart")
     with pytest.raises(UserError, match=r"there is: canny, .*lineart.*precomputed"):
         conditions.get("xyz")
-    with pytest.raises(UserError, match="no condition"):
-        conditions.get("base")
+    for shared in ("base", "detection", "weights"):
+        with pytest.raises(UserError, match="no condition"):
+            conditions.get(shared)
 
 
 def test_the_registry_and_all_conditions_import_without_heavy_packages() -> None:
     code = (
         "import sys; from preprocess import conditions; "
         "made = [conditions.get(name) for name in conditions.names()]; [c(c.Options()).num_drawings for c in made]; "
-        "print([m for m in ('torch', 'cv2', 'controlnet_aux', 'huggingface_hub', 'PIL') if m in sys.modules])"
+        "heavy = ('torch', 'cv2', 'controlnet_aux', 'transformers', 'huggingface_hub', 'PIL'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     assert fresh_process(code).stdout.strip() == "[]"
 
@@ -280,7 +282,7 @@ def test_offline_without_weights_is_refused_with_what_to_do(tmp_path: Path) -> N
     said = fresh_process(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path)).stdout
     assert "lineart needs sk_model.pth and sk_model2.pth of lllyasviel/Annotators" in said
     assert "cannot be reached" in said
-    assert "put both files into a folder" in said
+    assert "put them into a folder" in said
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ def test_a_missing_caption_is_an_edited_one_or_that_of_an_added_image() -> None:
     users = now.users()
     said = {text: explain.missing("caption", Caption.of(text).id, now, before, users) for text in ("a ball", "a tree")}
     assert said == {"a ball": "caption edited", "a tree": "image added"}
+    more = state(sample("a", "a box", "a ball"), captions=("a box", "a ball"))
+    assert explain.missing("caption", Caption.of("a ball").id, more, before, more.users()) == "caption added"
     assert explain.missing("caption", BOX.id, now, before, users) == "not made yet, or lost"
     assert explain.missing("caption", EMPTY.id, now, State(), users) == "the empty caption"
 

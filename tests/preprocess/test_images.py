@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from preprocess.images import MAX_PIXELS, ImageError, decode
+from preprocess import images
+from preprocess.images import MAX_BYTES, MAX_PIXELS, ImageError, decode, decoded, refuse_large_file
 
 
 def gradient(width: int = 48, height: int = 32) -> NDArray[np.uint8]:
@@ -309,3 +310,96 @@ def test_a_damaged_file_raises_nothing_but_image_error() -> None:
             except ImageError:
                 continue
             assert pixels.shape[2] == 3
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(gradient()),
+        encoded(Image.fromarray(gradient()).convert("P"), transparency=bytes(range(256))),
+        encoded(Image.fromarray(gradient()).convert("CMYK"), "JPEG"),
+        encoded(Image.fromarray(gradient()).convert("LAB"), "TIFF"),
+        encoded(Image.fromarray(gradient()).convert("1")),
+        encoded(np.dstack([gradient(), gradient()[..., 0]])),
+        encoded(gradient()[..., 0].astype(np.uint16) * 257, transparency=257 * 5),
+        encoded(gradient()[..., 0].astype(np.int32) * 257, "TIFF"),
+        encoded(gradient()[..., 0].astype(np.float32) / 255, "TIFF"),
+        encoded(gradient()[..., 0].astype(np.uint16) * 257, "PPM"),
+    ],
+    ids=["RGB", "P+tRNS", "CMYK", "LAB", "1", "RGBA", "I;16+tRNS", "I", "F", "PPM"],
+)
+def test_a_picture_that_is_converted_in_strips_is_the_same(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = decode(data)
+    for pixels in (1, 48 * 5, 48 * 31):
+        monkeypatch.setattr(images, "_STRIP_PIXELS", pixels)
+        np.testing.assert_array_equal(decode(data), whole)
+
+
+def test_white_is_looked_for_in_all_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 1)
+    assert decode(encoded(np.array([[10], [300]], np.int32), "TIFF")).max() == 1, "of 65535, though the first is 8 bits"
+    for values in ([[0.5], [np.nan]], [[np.nan], [0.5]], [[0.5], [1e9]]):
+        assert "none is known to be white" in reason(encoded(np.array(values, np.float32), "TIFF"))
+
+
+def test_pictures_that_are_too_large_together_are_unpacked_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 2 * 48 * 32 - 1)
+    data, inside, most = encoded(gradient()), 0, 0
+    begun = threading.Event()
+
+    def look() -> None:
+        nonlocal inside, most
+        with decoded(data) as pixels:
+            inside += 1
+            most = max(most, inside)
+            begun.wait(0.05)  # nobody sets it: time for another to come in
+            assert pixels.shape == (32, 48, 3)
+            inside -= 1
+
+    threads = [threading.Thread(target=look) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_pictures_that_are_small_together_are_unpacked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 2 * 48 * 32)
+    meeting = threading.Barrier(2, timeout=60)
+    met: list[int] = []
+
+    def look() -> None:
+        with decoded(encoded(gradient())):
+            met.append(meeting.wait())
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(met) == [0, 1]
+
+
+def test_a_picture_that_fails_or_whose_user_fails_makes_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 48 * 32)
+    for _ in range(3):
+        with pytest.raises(ImageError), decoded(encoded(gradient(), "JPEG")[:-60]):
+            pass
+        with pytest.raises(ImageError, match="larger than the limit"), decoded(encoded(gradient(64))):
+            pass
+        with pytest.raises(ImageError, match="0 bytes"), decoded(b""):
+            pass
+        with pytest.raises(ZeroDivisionError), decoded(encoded(gradient())):
+            _ = 1 / 0
+        with decoded(encoded(gradient())) as pixels:
+            assert pixels.shape == (32, 48, 3)
+
+
+def test_a_file_that_is_too_large_to_be_an_image_is_refused_by_its_length() -> None:
+    refuse_large_file(MAX_BYTES)
+    with pytest.raises(ImageError, match=f"{10**12} bytes is larger than any image within the limit"):
+        refuse_large_file(10**12)

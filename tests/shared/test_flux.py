@@ -26,10 +26,11 @@ from preprocess.pipeline import preprocess
 from shared import families
 from shared.cache.reader import Cache, Layer
 from shared.errors import UserError
-from shared.families.base import Batch
+from shared.families.base import Batch, Tensors
 from shared.families.flux import image_ids, pack, resolution_shift, unpack
 from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH, preprocess_options, write_data
+from tests.preprocess.runs import FilesBelow
 
 FLUX = families.get("flux")
 LAYERS = {layer.name: layer for layer in FLUX.layers}
@@ -111,10 +112,10 @@ def final_latents(pipeline: Any, pixels: NDArray[np.uint8], dtype: torch.dtype, 
     return pipeline._pack_latents(latents, *latents.shape)
 
 
-def moments(layer: Layer, key: str, drawing: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(layer: Layer, key: str, drawing: int | None = None) -> Tensors:
     tensors = layer.tensors(key)
-    mean, std = tensors["mean"].clone(), tensors["std"].clone()
-    return (mean[None], std[None]) if drawing is None else (mean[drawing][None], std[drawing][None])
+    assert list(tensors) == ["mean", "std"]
+    return {name: (tensor if drawing is None else tensor[drawing]).clone()[None] for name, tensor in tensors.items()}
 
 
 # --- stage 1: the cache holds what the pipeline computes ---
@@ -124,14 +125,14 @@ def test_cached_latents_are_the_pipeline_s(made: Made) -> None:
     layer = made.layer("latents")
     assert len(made.cache.samples) == 5
     for sample in made.cache.samples.values():
-        pixels = load_placed(made.data, sample, "image")
+        pixels = load_placed(FilesBelow(made.data), sample, "image")
         assert pixels.shape == (sample.bucket_height, sample.bucket_width, 3)
         with torch.no_grad():
             posterior = made.pipeline.vae.encode(prepared(made.pipeline, pixels, made.dtype)).latent_dist
-        mean, std = moments(layer, sample.key)
-        assert_near(mean, posterior.mean)
-        assert_near(std, posterior.std)
-        ours = FLUX.model_latents(mean, std, layer.summary.recipe, None, made.dtype)
+        raw = moments(layer, sample.key)
+        assert_near(raw["mean"], posterior.mean)
+        assert_near(raw["std"], posterior.std)
+        ours = FLUX.model_latents(raw, layer.summary.recipe, None, made.dtype)
         # The pipeline rounds to bf16 after the shift and after the scale, we once: two more roundings of theirs.
         assert_near(ours, final_latents(made.pipeline, pixels, made.dtype, sample_mode="argmax"), scale=2)
 
@@ -141,11 +142,11 @@ def test_a_draw_of_cached_latents_is_the_pipeline_s_draw_with_the_same_noise(mad
     for layer_name, drawing in (("latents", None), ("canny_latents", 0)):
         layer = made.layer(layer_name)
         for sample in made.cache.samples.values():
-            pixels = load_placed(made.data, sample, "image")
+            pixels = load_placed(FilesBelow(made.data), sample, "image")
             if drawing is not None:
                 pixels = CannyDrawer(CannyOptions())(pixels[None])[0, drawing]
             seeded = torch.Generator().manual_seed(7)
-            ours = FLUX.model_latents(*moments(layer, sample.key, drawing), layer.summary.recipe, seeded, made.dtype)
+            ours = FLUX.model_latents(moments(layer, sample.key, drawing), layer.summary.recipe, seeded, made.dtype)
             theirs = final_latents(made.pipeline, pixels, made.dtype, generator=torch.Generator().manual_seed(7))
             assert_near(ours, theirs)
 
@@ -153,10 +154,10 @@ def test_a_draw_of_cached_latents_is_the_pipeline_s_draw_with_the_same_noise(mad
 def test_cached_condition_latents_are_the_pipeline_s_of_the_drawing(made: Made) -> None:
     layer, drawings = made.layer("canny_latents"), made.layer("canny")
     for sample in made.cache.samples.values():
-        drawn = CannyDrawer(CannyOptions())(load_placed(made.data, sample, "image")[None])[0, 0]
+        drawn = CannyDrawer(CannyOptions())(load_placed(FilesBelow(made.data), sample, "image")[None])[0, 0]
         stored = Image.open(io.BytesIO(drawings.read(sample.key, "0.png"))).convert("RGB")
         assert np.array_equal(np.asarray(stored), drawn)
-        ours = FLUX.model_latents(*moments(layer, sample.key, 0), layer.summary.recipe, None, made.dtype)
+        ours = FLUX.model_latents(moments(layer, sample.key, 0), layer.summary.recipe, None, made.dtype)
         assert_near(ours, final_latents(made.pipeline, drawn, made.dtype, sample_mode="argmax"), scale=2)
 
 
@@ -251,8 +252,8 @@ def test_a_picture_painted_from_the_cache_is_the_pipeline_s(made: Made) -> None:
     keys = [s.key for s in cache.samples.values() if (s.bucket_width, s.bucket_height) == shape][:2]
     batch = batch_of(cache, keys, caption=0)
     layer = cache.layer("canny_latents")
-    mean, std = batch.tensors["condition_latents.mean"], batch.tensors["condition_latents.std"]
-    control = FLUX.model_latents(mean, torch.zeros_like(std), layer.summary.recipe, None, torch.float32)
+    mean = batch.tensors["condition_latents.mean"]
+    control = FLUX.model_latents({"mean": mean}, layer.summary.recipe, None, torch.float32)
     noise = torch.randn(control.shape, generator=torch.Generator().manual_seed(3))
     inputs = FLUX.inputs(batch, control, torch.float32)
 
@@ -292,7 +293,7 @@ def test_a_picture_painted_from_the_cache_is_the_pipeline_s(made: Made) -> None:
 def test_decoding_is_the_pipeline_s(made: Made) -> None:
     layer = made.layer("latents")
     key, sample = next(iter(made.cache.samples.items()))
-    tokens = FLUX.model_latents(*moments(layer, key), layer.summary.recipe, None, made.dtype)
+    tokens = FLUX.model_latents(moments(layer, key), layer.summary.recipe, None, made.dtype)
     height, width = sample.bucket_height or 0, sample.bucket_width or 0
     ours = FLUX.open_decoder(resolve(str(made.model), ()), "cpu", made.dtype)(tokens, height, width)
     pipeline = made.pipeline

@@ -21,6 +21,7 @@ from shared.errors import UserError
 from shared.families.base import Batch, Inputs
 from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH
+from tests.preprocess.runs import FilesBelow
 from tests.train.conftest import flux, samples_of, train_options, trainer_of
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions, parse_depth
 from train.quantize import place_base
@@ -55,13 +56,7 @@ def batch_of(cache: Path, indices: tuple[int, ...] = (0, 1)) -> Batch:
 def call(cache: Path) -> tuple[torch.Tensor, torch.Tensor, Inputs]:
     """x_t, t and inputs of a model call."""
     batch, recipes = batch_of(cache), samples_of(cache).recipes
-    condition = flux().model_latents(
-        batch.tensors["condition_latents.mean"],
-        batch.tensors["condition_latents.std"],
-        recipes["condition_latents"],
-        None,
-        torch.float32,
-    )
+    condition = flux().model_latents(batch.role("condition_latents"), recipes["condition_latents"], None, torch.float32)
     x_t = torch.randn(condition.shape, generator=torch.Generator().manual_seed(3))
     return x_t, torch.tensor([0.3, 0.8]), flux().inputs(batch, condition, torch.float32)
 
@@ -101,7 +96,7 @@ class Reference:
         drawings = self.cache.layer("canny")
         draw = torch.Generator().manual_seed(seed_of(seed, batch.position, 3))
         with torch.no_grad():
-            x_0 = self.latents([load_placed(self.data, sample, "image") for sample in samples], draw)
+            x_0 = self.latents([load_placed(FilesBelow(self.data), sample, "image") for sample in samples], draw)
             pages = [Image.open(io.BytesIO(drawings.read(key, "0.png"))).convert("RGB") for key in batch.keys]
             condition = self.latents(pages, draw)
             t = torch.sigmoid(torch.randn(len(samples), generator=draw))

@@ -107,18 +107,15 @@ def test_the_losses_are_the_objective_s_on_the_fixed_grid(half_held_out: Path, t
         sample = samples.samples[index]
         batch = samples.batch([index], [sample.captions[0]], [0])
         x_0, condition = (
-            flux().model_latents(
-                batch.tensors[f"{role}.mean"], batch.tensors[f"{role}.std"], samples.recipes[role], None, torch.float32
-            )
+            flux().model_latents(batch.role(role), samples.recipes[role], None, torch.float32)
             for role in ("latents", "condition_latents")
         )
         partners = [i for i, height in enumerate(heights) if height == sample.bucket_height]
         partner = partners[(partners.index(index) + 1) % len(partners)]
         theirs = samples.batch([partner], [samples.samples[partner].captions[0]], [0])
         other_condition = flux().model_latents(
-            theirs.tensors["condition_latents.mean"], theirs.tensors["condition_latents.std"],
-            samples.recipes["condition_latents"], None, torch.float32,
-        )  # fmt: skip
+            theirs.role("condition_latents"), samples.recipes["condition_latents"], None, torch.float32
+        )
         for j, t in enumerate((1 / 6, 3 / 6, 5 / 6)):
             noise = fixed_noise(x_0.shape[1:], 0, index, j, 5)[None]
             x_t, time = (1 - t) * x_0 + t * noise, torch.tensor([t])
@@ -243,10 +240,10 @@ def test_sampling_with_a_saved_controlnet_equals_diffusers_pipeline_in_another_p
     samples = samples_of(half_held_out, "validation")
     sample = samples.samples[0]
     batch = samples.batch([0], [sample.captions[0]], [0])
+    seeded = torch.Generator().manual_seed(8)
     condition = flux().model_latents(
-        batch.tensors["condition_latents.mean"], batch.tensors["condition_latents.std"],
-        samples.recipes["condition_latents"], torch.Generator().manual_seed(8), torch.float32,
-    )  # fmt: skip
+        batch.role("condition_latents"), samples.recipes["condition_latents"], seeded, torch.float32
+    )
     noise = torch.randn(condition.shape, generator=torch.Generator().manual_seed(4))
     embeds = {name.split(".")[1]: tensor for name, tensor in batch.tensors.items() if "prompt_embeds" in name}
     save_file({**embeds, "noise": noise}, tmp_path / "given.safetensors")
