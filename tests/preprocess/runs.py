@@ -6,12 +6,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from preprocess import encode
 from preprocess.config import PreprocessConfig
 from preprocess.pipeline import preprocess
-from preprocess.sources import Blob, File
+from preprocess.sources import File
 from shared.cache.reader import Cache
+from shared.cache.schema import Sample
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,9 @@ def ran(options: PreprocessConfig, capsys: pytest.CaptureFixture[str]) -> Ran:
     )
 
 
-class FilesBelow(dict[str, Blob]):
-    """Where the bytes of each source in a folder are, as a plan has it."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def __missing__(self, name: str) -> Blob:
-        return File(str(self.folder), name)
+def placed(data: Path, sample: Sample) -> NDArray[np.uint8]:
+    """The pixels of a sample of the folder `data` as they are encoded, uint8 (H, W, 3)."""
+    return encode.load_placed(File(str(data), sample.source), sample, "image")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -24,11 +24,11 @@ from preprocess import encode, images, lookahead
 from preprocess.encode import Producer, Row
 from preprocess.geometry import Placement
 from preprocess.images import ImageError
+from preprocess.sources import File
 from shared.cache.schema import Sample
 from shared.cache.storage import LocalStorage, Storage
 from shared.errors import UserError
 from shared.families.base import Tensors
-from tests.preprocess.runs import FilesBelow
 
 KEYS = [f"key{i}" for i in range(11)]
 
@@ -216,31 +216,31 @@ def sample(tmp_path: Path) -> Sample:
 
 
 def test_a_placed_image_is_its_pixels(tmp_path: Path, sample: Sample) -> None:
-    assert (encode.load_placed(FilesBelow(tmp_path), sample, "image") == 200).all()
+    assert (encode.load_placed(File(str(tmp_path), "a.png"), sample, "image") == 200).all()
 
 
 def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path, sample: Sample) -> None:
     Image.fromarray(np.full((16, 16, 3), 100, np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png changed while it was being preprocessed; run the same command again"):
-        encode.load_placed(FilesBelow(tmp_path), sample, "image")
+        encode.load_placed(File(str(tmp_path), "a.png"), sample, "image")
 
 
 def test_a_file_that_is_gone_since_the_plan_is_refused(tmp_path: Path, sample: Sample) -> None:
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match=r"a\.png can no longer be read \(No such file or directory\); run the same"):
-        encode.load_placed(FilesBelow(tmp_path), sample, "image")
+        encode.load_placed(File(str(tmp_path), "a.png"), sample, "image")
 
 
 def test_a_conditioning_image_that_is_missing_or_broken_is_a_reason_and_no_refusal(
     tmp_path: Path, sample: Sample
 ) -> None:
     with pytest.raises(ImageError, match="it has no conditioning_image"):
-        encode.load_placed(FilesBelow(tmp_path), sample, "conditioning_image")
+        encode.load_placed(None, sample, "conditioning_image")
     unread = replace(sample, conditioning_source="b.png")
     with pytest.raises(ImageError, match=r"its conditioning image b\.png cannot be read"):
-        encode.load_placed(FilesBelow(tmp_path), unread, "conditioning_image")
+        encode.load_placed(None, unread, "conditioning_image")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:45])
     broken = replace(unread, conditioning_sha256=hashlib.sha256((tmp_path / "b.png").read_bytes()).hexdigest())
     with pytest.raises(ImageError, match=r"its conditioning image b\.png: truncated PNG file"):
-        encode.load_placed(FilesBelow(tmp_path), broken, "conditioning_image")
+        encode.load_placed(File(str(tmp_path), "b.png"), broken, "conditioning_image")
     assert images.decode((tmp_path / "a.png").read_bytes()).shape == (16, 16, 3)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from preprocess import engine
 from preprocess.config import EncodeOptions, PreprocessConfig
 from preprocess.engine import Engine, EngineOptions, open_workers
 from preprocess.layers import Layers
 from preprocess.pipeline import preprocess
+from preprocess.plan import unit_order
+from preprocess.sources import File
 from preprocess.units import PlacedImage, Unit
 from preprocess.worker import Setup
-from shared.cache.storage import LocalStorage, Storage
+from shared.cache.reader import Cache
+from shared.cache.storage import LocalStorage
 from shared.errors import EXIT_INTERRUPTED, UserError
 from shared.model_folder import ModelFolder
 from tests.conftest import preprocess_options, write_data
@@ -97,3 +100,48 @@ def test_workers_end_when_the_process_that_started_them_is_killed(
     assert contents(cache) == reference
 
 
+@dataclass(frozen=True)
+class Deadly:
+    """The bytes of an image that kill whoever reads them, as a flaw in a decoder might."""
+
+    where: str = "deadly.png"
+    place: list[Any] = field(default_factory=list)
+
+    def read(self) -> bytes:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        raise AssertionError
+
+    def at_rest(self) -> Deadly:
+        return self
+
+
+def test_a_unit_that_kills_every_process_that_it_is_given_to_is_named_and_the_others_are_made(
+    options: PreprocessConfig,
+    reference: dict[str, bytes],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "MOST_DEATHS", 2)  # processes start slowly
+    setup = Setup(options, ModelFolder(str(tiny_model), None, tiny_model), LocalStorage(tmp_path), 1)
+    canny = Layers(options, setup.model)["canny"]
+    samples = sorted(Cache(Path(options.cache)).samples.values(), key=unit_order)
+    units = []
+    for number in range(3):
+        some = samples[4 * number : 4 * number + 4]
+        items = tuple(PlacedImage(sample, "image", File(options.data, sample.source)) for sample in some)
+        units.append(Unit("canny", canny.fingerprint, number, items))
+    flawed = PlacedImage(samples[6], "image", Deadly())
+    units[1] = replace(units[1], items=(*units[1].items[:2], flawed, *units[1].items[3:]))
+    with (
+        Engine(open_workers(EngineOptions(processes=1), setup), lambda layer, rows: None) as running,
+        pytest.raises(
+            UserError, match=r"a worker has died 3 times of the same 4 row.* of canny .killed by SIGSEGV"
+        ) as no,
+    ):
+        list(running.map(units, len(units)))
+    assert all(sample.source in str(no.value) for sample in samples[4:8])
+    made = {name: data for name, data in contents(tmp_path).items() if not name.endswith(".part")}
+    assert {name: reference[name] for name in made} == made
+    assert f"{canny.folder}/00000.tar" in made
+    assert f"{canny.folder}/00001.tar" not in made

@@ -26,7 +26,7 @@ from shared.cache.reader import Cache, Layer, LayerSummary
 from shared.cache.schema import Caption
 from shared.cache.verify import verify
 from shared.errors import UserError, run_command_line
-from tests.preprocess.runs import FilesBelow
+from tests.preprocess.runs import placed
 from tests.shared import small_cache
 from tests.shared.small_cache import BROKEN, CAPTIONS, SAMPLES, content, files, flip, folder_of, make, sample
 
@@ -236,12 +236,11 @@ def test_rule_10_text_is_stored_once_and_the_empty_caption_always(tiny_cache: Pa
 def test_rule_11_raw_moments_are_stored(tiny_cache: Path, tiny_data: Path, tiny_model: Path) -> None:
     from diffusers import AutoencoderKL
 
-    from preprocess import encode
 
     cache = Cache(tiny_cache)
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae").eval()
     for sample_ in list(cache.samples.values())[:2]:
-        pixels = torch.from_numpy(np.array(encode.load_placed(FilesBelow(tiny_data), sample_, "image")))
+        pixels = torch.from_numpy(np.array(placed(tiny_data, sample_)))
         with torch.no_grad():
             posterior = vae.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
         found = cache.layer("latents").tensors(sample_.key)

@@ -14,14 +14,13 @@ import torch
 from diffusers import FluxControlNetModel, FluxControlNetPipeline
 from PIL import Image
 
-from preprocess.encode import load_placed
 from shared.cache.reader import Cache
 from shared.cache.schema import Caption
 from shared.errors import UserError
 from shared.families.base import Batch, Inputs
 from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH
-from tests.preprocess.runs import FilesBelow
+from tests.preprocess.runs import placed
 from tests.train.conftest import flux, samples_of, train_options, trainer_of
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions, parse_depth
 from train.quantize import place_base
@@ -96,7 +95,7 @@ class Reference:
         drawings = self.cache.layer("canny")
         draw = torch.Generator().manual_seed(seed_of(seed, batch.position, 3))
         with torch.no_grad():
-            x_0 = self.latents([load_placed(FilesBelow(self.data), sample, "image") for sample in samples], draw)
+            x_0 = self.latents([placed(self.data, sample) for sample in samples], draw)
             pages = [Image.open(io.BytesIO(drawings.read(key, "0.png"))).convert("RGB") for key in batch.keys]
             condition = self.latents(pages, draw)
             t = torch.sigmoid(torch.randn(len(samples), generator=draw))
