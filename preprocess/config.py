@@ -11,6 +11,7 @@ from preprocess.engine import EngineOptions
 from preprocess.geometry import GeometryOptions, bucket_sizes
 from preprocess.sources import SourceOptions
 from shared import families
+from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
 
 # One group of options per file in conditions/: a new condition brings its own.
@@ -59,7 +60,7 @@ class PreprocessConfig:
     """A folder of images with metadata.jsonl (file_name, text; optional conditioning_image, split), or with NAME.txt
     beside each image."""
     cache: str = "cache"
-    """Where the cache is made, or brought up to date."""
+    """Where the cache is made, or brought up to date: a folder, or a URL (s3://, gs://, hf://)."""
     family: str = "flux"
     """The model family whose encoders are run."""
     model: str | None = None
@@ -89,6 +90,7 @@ class PreprocessConfig:
     conditions: ConditionOptions = field(default_factory=ConditionOptions)
     encode: EncodeOptions = field(default_factory=EncodeOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
 
     def check(self) -> None:
         """Refuse impossible values, of the parts too."""
@@ -104,7 +106,7 @@ class PreprocessConfig:
             raise UserError(f"text_length must be from 1 to {family.max_text_length}, not {self.text_length}")
         if not 0 <= self.validation_fraction < 1 or self.validation_max < 0:
             raise UserError("validation_fraction is a share from 0 to below 1, validation_max 0 or more")
-        for part in (self.source, self.geometry, self.encode, self.engine):
+        for part in (self.source, self.geometry, self.encode, self.engine, self.remote):
             part.check()
         if self.device == "cpu" and self.engine.gpus:
             raise UserError("engine.gpus names GPUs, but device is cpu: leave one of them out")

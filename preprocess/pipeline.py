@@ -7,6 +7,7 @@ interrupted and an undisturbed run write the same bytes, wherever and in whateve
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,22 +20,25 @@ import torch
 
 from preprocess import conditions, encode, plan, sources
 from preprocess.config import PreprocessConfig
-from preprocess.engine import Engine, open_workers
+from preprocess.engine import Engine, check_available, open_workers
+from preprocess.explain import State
 from preprocess.layers import Layers, PlannedLayer, components
+from preprocess.status import Before, LayerStatus, Wanted, status
+from preprocess.status import report as report_status
 from preprocess.units import Drawings, Item, PlacedImage, Text, Unit
 from preprocess.worker import Setup
 from shared import atomic, families
 from shared.cache import schema, writer
 from shared.cache.reader import Layer, LayerSummary, open_layer, wanted
 from shared.cache.schema import Reads, Sample
-from shared.cache.storage import LocalStorage
+from shared.cache.storage import Storage, is_remote, open_storage
 from shared.config import to_dict
 from shared.errors import EXIT_INCOMPLETE, UserError
 from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import progress, quiet_libraries, say, table, versions, warn
 
-_HOW = ("cache", "device", "encode", "engine")
+_HOW = ("cache", "device", "encode", "engine", "remote")
 """Options that say where and how a cache is made, and not what it is."""
 
 
@@ -46,6 +50,10 @@ class Work:
     folder: Path
     missing: list[str] = field(default_factory=list)
     """Keys whose rows have to be made, in shard order."""
+    finished: set[tuple[str, str]] = field(default_factory=set)
+    """(key, input) of what finished shards hold."""
+    finished_shards: set[str] = field(default_factory=set)
+    """Their names."""
 
     @property
     def name(self) -> str:
@@ -64,17 +72,42 @@ def preprocess(options: PreprocessConfig) -> int:
     Raises `UserError` before any image is read where options, data set, model or detectors are not fit, and before any
     encoder runs where the result will not fit the disk.
     """
+    check_available(options.engine)
+    stage, source = _begin(options)
+    stage.storage.check_writable()
+    with atomic.alone(stage.cache, "preprocessing into"):
+        stage.storage.synchronize()
+        code = stage.run(source)
+        stage.storage.close()
+    return code
+
+
+def tell_status(options: PreprocessConfig) -> int:
+    """Say what the cache has, lacks and no longer needs, and why. Nothing is changed, no model is loaded.
+
+    Raises `UserError` as `preprocess` before any encoder runs.
+    """
+    stage, source = _begin(options)
+    found, free_bytes = stage.status(source)
+    report_status(found, free_bytes)
+    return 0
+
+
+def _begin(options: PreprocessConfig) -> tuple[_Stage, sources.Source]:
     quiet_libraries()
     family = families.get(options.family)
-    cache = Path(options.cache).expanduser()
     source = sources.open_source(options.data, options.source)
     for remark in source.remarks():
         warn(remark)
     _check_conditioning(options, source, source.conditioned)
     model = resolve(options.model or family.default_model, components(family), options.revision)
     family.check_encoders(model)
-    with atomic.alone(cache, "preprocessing into"):
-        return _Stage(options, family, model, cache).run(source)
+    storage = open_storage(_expanded(options.cache), options.remote)
+    return _Stage(options, family, model, storage), source
+
+
+def _expanded(cache: str) -> str:
+    return cache if is_remote(cache) else str(Path(cache).expanduser().absolute())
 
 
 def _check_conditioning(options: PreprocessConfig, source: sources.Source, conditioned: bool | None) -> None:
@@ -87,27 +120,44 @@ def _check_conditioning(options: PreprocessConfig, source: sources.Source, condi
 
 
 class _Stage:
-    def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, cache: Path) -> None:
-        self.options, self.family, self.model, self.cache = options, family, model, cache
+    def __init__(self, options: PreprocessConfig, family: Family, model: ModelFolder, storage: Storage) -> None:
+        self.options, self.family, self.model, self.storage = options, family, model, storage
+        self.cache = storage.root
         self.layers = Layers(options, model)
-        self.storage = LocalStorage(cache.absolute())
         self._inputs: dict[Reads, dict[str, str]] = {}
 
     def run(self, source: sources.Source) -> int:
-        # Before the images are read: a recipe refuses where a detector's weights are missing.
-        works = [Work(layer, self.cache / layer.folder) for layer in self.layers]
-        self.plan = self._plan(source)
-        _check_conditioning(self.options, source, any(s.conditioning_source is not None for s in self.plan.samples))
-        self.samples = {sample.key: sample for sample in self.plan.samples}
-        self.captions = {caption.id: caption for caption in self.plan.captions}
+        """Bring the cache up to date. This process holds it."""
+        works = self._look(source)
         _remove_parts(self.cache)
-        for work in works:
-            self._find_missing(work)
-        self._check_disk(works)
+        found = self._status(works)
+        free_bytes = self._free_bytes()
+        if any(layer.num_units for layer in found):
+            report_status(found, free_bytes)
+        self._check_disk(found, free_bytes)
         self._warn_truncated(works)
         self._make(works)
         kept = self._publish(works)
         return self._report(works, kept)
+
+    def status(self, source: sources.Source) -> tuple[list[LayerStatus], int]:
+        """What there is of each layer, and the bytes that are free."""
+        if self.storage.remote:
+            self.storage.synchronize()
+        return self._status(self._look(source)), self._free_bytes()
+
+    def _look(self, source: sources.Source) -> list[Work]:
+        """What the cache shall have, and what is missing of it."""
+        # Before the images are read: a recipe refuses where a detector's weights are missing.
+        works = [Work(layer, self.cache / layer.folder) for layer in self.layers]
+        self.before = Before.read(self.cache)
+        self.plan = self._plan(source)
+        _check_conditioning(self.options, source, any(s.conditioning_source is not None for s in self.plan.samples))
+        self.samples = {sample.key: sample for sample in self.plan.samples}
+        self.captions = {caption.id: caption for caption in self.plan.captions}
+        for work in works:
+            self._find_missing(work)
+        return works
 
     def _plan(self, source: sources.Source) -> plan.Plan:
         path = self.cache / schema.SAMPLES
@@ -115,7 +165,8 @@ class _Stage:
             before = schema.read_samples(path) if path.is_file() else []
         except schema.CacheError:
             before = []  # damaged: every image is decoded again, and the file is written anew at the end
-        made = plan.make(source, self.options, self.family.size_multiple, before, self.cache)
+        memory = self.cache if os.access(self.cache, os.W_OK) else None  # there may be none yet, or a read-only one
+        made = plan.make(source, self.options, self.family.size_multiple, before, memory)
         if gone := {sample.source for sample in before} - {sample.source for sample in made.samples}:
             warn(
                 f"{len(gone)} image(s) of the cache, as {min(gone)}, are no longer in {self.options.data}: they are no "
@@ -125,7 +176,7 @@ class _Stage:
 
     def _layer(self, work: Work) -> Layer:
         """A layer that was just completed, opened for reading."""
-        shards = list(writer.finished_shards(work.folder))
+        shards = list(writer.finished_shards(work.folder, self.storage))
         summary = LayerSummary(
             name=work.name, folder=work.folder.name, reads=work.reads, fingerprint=work.layer.fingerprint,
             recipe=work.layer.recipe, fields=tuple(work.layer.fields), shards=tuple(shard for shard, _ in shards),
@@ -140,7 +191,10 @@ class _Stage:
     # What is missing, and whether it fits
 
     def _find_missing(self, work: Work) -> None:
-        done = writer.finished_rows(work.folder, errors=not self.options.encode.retry_errors)
+        for shard, table_ in writer.finished_shards(work.folder, self.storage):
+            work.finished_shards.add(shard.name)
+            work.finished.update(writer.rows_of(table_, errors=not self.options.encode.retry_errors))
+        done = work.finished
         missing = {key for key, input_digest in self._wanted(work.reads).items() if (key, input_digest) not in done}
         if work.reads == "caption":  # in the plan's order: along those of the samples that have them
             work.missing = [caption.id for caption in self.plan.captions if caption.id in missing] if missing else []
@@ -156,21 +210,42 @@ class _Stage:
         assert sample.bucket_height is not None
         return sample.bucket_width, sample.bucket_height
 
-    def _check_disk(self, works: Sequence[Work]) -> None:
-        needed = 0
-        for work in works:
-            for key in work.missing:
-                pixels = 0 if work.reads == "caption" else self._shape(key)[0] * self._shape(key)[1]
-                needed += work.layer.row_bytes(pixels)
-        free = shutil.disk_usage(self.cache).free
-        if needed > free:
-            raise UserError(
-                f"the cache needs about {needed / 1e9:,.2f} GB more, but {self.cache} has {free / 1e9:,.2f} GB free; "
-                "free some space, choose another CACHE, or a smaller text_length or resolution. Nothing was begun"
+    def _status(self, works: Sequence[Work]) -> list[LayerStatus]:
+        wanted_layers = [
+            Wanted(
+                name=work.name,
+                reads=work.reads,
+                recipe=work.layer.recipe,
+                drawn=None if work.layer.drawn is None else work.layer.drawn.name,
+                rows=self._wanted(work.reads),
+                missing=work.missing,
+                finished=work.finished,
+                finished_shards=work.finished_shards,
+                num_units=len(self._cut(work)),
+                bytes_on_disk=self._bytes_on_disk(work),
+                bytes_to_come=sum(work.layer.row_bytes(self._pixels(work, key)) for key in work.missing),
             )
-        if needed:
-            rows = sum(len(work.missing) for work in works)
-            say(f"to make: {rows:,} rows, about {needed / 1e6:,.1f} MB ({free / 1e9:,.1f} GB are free)")
+            for work in works
+        ]
+        return status(wanted_layers, State(self.samples, self.captions), self.before)
+
+    def _bytes_on_disk(self, work: Work) -> int:
+        return sum(self.storage.listing(f"{work.folder.name}/").values())
+
+    def _pixels(self, work: Work, key: str) -> int:
+        return 0 if work.reads == "caption" else self._shape(key)[0] * self._shape(key)[1]
+
+    def _free_bytes(self) -> int:
+        folder = next(folder for folder in (self.cache.absolute(), *self.cache.absolute().parents) if folder.is_dir())
+        return shutil.disk_usage(folder).free
+
+    def _check_disk(self, found: Sequence[LayerStatus], free_bytes: int) -> None:
+        needed = sum(layer.bytes_to_come for layer in found)
+        if needed > free_bytes and not self.storage.remote:  # shards that are uploaded make room
+            raise UserError(
+                f"the cache needs about {needed / 1e9:,.2f} GB more, but {self.cache} has {free_bytes / 1e9:,.2f} GB "
+                "free; free some space, choose another CACHE, or a smaller text_length or resolution. Nothing was begun"
+            )
 
     def _warn_truncated(self, works: Sequence[Work]) -> None:
         if not any(work.missing for work in works if work.reads == "caption"):
@@ -199,6 +274,8 @@ class _Stage:
                     cut = [(by_name[layer.name], keys) for layer in layers for keys in self._cut(by_name[layer.name])]
                     for _ in engine.map(self._units(cut, by_name), len(cut)):
                         pass
+                    if self.options.engine.chosen != "local":
+                        self.storage.synchronize()  # what others have uploaded
         finally:
             _remove_parts(self.cache)  # of workers that died
 
@@ -215,7 +292,7 @@ class _Stage:
         drawings: dict[str, Layer] = {}
         for work, keys in cut:
             if work.name not in numbers:
-                numbers[work.name] = writer.unused_numbers(work.folder)
+                numbers[work.name] = writer.unused_numbers(work.folder, self.storage)
                 if work.layer.drawn is not None:
                     drawings[work.name] = self._layer(works[work.layer.drawn.name])
             items = tuple(self._item(work, key, drawings.get(work.name)) for key in keys)
@@ -241,7 +318,7 @@ class _Stage:
         layers = {
             work.name: writer.publish_layer(
                 work.folder, name=work.name, reads=work.reads, recipe=work.layer.recipe, fields=work.layer.fields,
-                made_with=versions(),
+                made_with=versions(), storage=self.storage,
             )
             for work in works
         }  # fmt: skip
@@ -252,6 +329,7 @@ class _Stage:
             captions=self.plan.captions,
             layers={**layers, **{name: entry for entries in kept.values() for name, entry in entries.items()}},
             family=self.family.name,
+            storage=self.storage,
             model={
                 "name": str(self.model.path) if self.model.revision is None else self.model.name,
                 "revision": self.model.revision,
@@ -280,7 +358,8 @@ class _Stage:
                 reason = self._unfit(condition, before)
                 if reason is None:
                     kept[condition] = {
-                        name: writer.publish_layer_again(self.cache / before[name]["folder"]) for name in names
+                        name: writer.publish_layer_again(self.cache / before[name]["folder"], self.storage)
+                        for name in names
                     }
             except (schema.CacheError, KeyError) as error:
                 reason = str(error)
@@ -303,7 +382,7 @@ class _Stage:
             layer = schema.read_sealed(folder / schema.LAYER)
             if layers[name]["fingerprint"] != fingerprint:
                 return f"{name} was made by another encoder or in another precision than the images' latents now"
-            if missing := set(self._wanted(layer["reads"]).items()) - writer.finished_rows(folder):
+            if missing := set(self._wanted(layer["reads"]).items()) - writer.finished_rows(folder, self.storage):
                 return f"{name} lacks {len(missing)} of the samples as they are now"
         return None
 
@@ -321,7 +400,7 @@ class _Stage:
         rows = []
         for work in works:
             layer = self._layer(work)
-            size = writer.bytes_on_disk(work.folder)
+            size = self._bytes_on_disk(work)
             total = len(self._wanted(work.reads))
             rows.append(
                 (
@@ -342,8 +421,8 @@ class _Stage:
         enlarged = sum(_enlarged(sample) for sample in sound)
         shapes = Counter(f"{sample.bucket_width}x{sample.bucket_height}" for sample in sound)
         say(
-            f"cache {self.cache}: {len(sound):,} samples ({held_out:,} held out), {len(self.captions) - 1:,} distinct "
-            f"captions, conditions {', '.join(self.options.condition)}"
+            f"cache {self.storage.url}: {len(sound):,} samples ({held_out:,} held out), {len(self.captions) - 1:,} "
+            f"distinct captions, conditions {', '.join(self.options.condition)}"
             + (f" (and {', '.join(kept)} from before)" if kept else "")
         )
         say(f"sizes: {', '.join(f'{count:,} of {shape}' for shape, count in sorted(shapes.items()))}")

@@ -41,6 +41,7 @@ class Depth(Condition[DepthOptions]):
     name = "depth"
     Options = DepthOptions
     reads = "image"
+    png_bytes_per_pixel = 0.5  # grey everywhere
 
     def recipe(self) -> dict[str, Any]:
         self._check_model()

@@ -42,6 +42,7 @@ class Softedge(Condition[SoftedgeOptions]):
     name = "softedge"
     Options = SoftedgeOptions
     reads = "image"
+    png_bytes_per_pixel = 0.5  # grey everywhere
 
     @property
     def num_drawings(self) -> int:

@@ -160,9 +160,14 @@ def finished_rows(folder: Path, storage: Storage | None = None, *, errors: bool 
     """Every (key, input) that the finished shards of this layer hold; with or without those that have an error."""
     rows: set[tuple[str, str]] = set()
     for _, table in finished_shards(folder, storage):
-        columns = (table[name].to_pylist() for name in ("key", "input", "status"))
-        rows.update((key, input_) for key, input_, status in zip(*columns, strict=True) if errors or status == "ok")
+        rows.update(rows_of(table, errors=errors))
     return rows
+
+
+def rows_of(table: pa.Table, *, errors: bool = True) -> Iterator[tuple[str, str]]:
+    """Every (key, input) of a shard's index; with or without those that have an error."""
+    columns = (table[name].to_pylist() for name in ("key", "input", "status"))
+    return ((key, input_) for key, input_, status in zip(*columns, strict=True) if errors or status == "ok")
 
 
 def is_finished(folder: Path, number: int, rows: Iterable[tuple[str, str]], storage: Storage | None = None) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from preprocess import encode
 from preprocess.config import PreprocessConfig
+from preprocess.encode import load_placed
 from preprocess.pipeline import preprocess
 from preprocess.sources import File
 from shared.cache.reader import Cache
@@ -45,9 +45,9 @@ def ran(options: PreprocessConfig, capsys: pytest.CaptureFixture[str]) -> Ran:
     )
 
 
-def placed(data: Path, sample: Sample) -> NDArray[np.uint8]:
-    """The pixels of a sample of the folder `data` as they are encoded, uint8 (H, W, 3)."""
-    return encode.load_placed(File(str(data), sample.source), sample, "image")
+def placed_image(folder: Path, sample: Sample) -> NDArray[np.uint8]:
+    """The pixels of a sample as they were encoded, from the images' folder."""
+    return load_placed(File(str(folder), sample.source), sample, "image")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

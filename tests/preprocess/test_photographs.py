@@ -25,7 +25,7 @@ from shared.cache.reader import Cache, usable
 from shared.cache.schema import Sample
 from shared.cache.verify import verify
 from tests.conftest import preprocess_options
-from tests.preprocess.runs import Ran, placed, ran
+from tests.preprocess.runs import Ran, placed_image, ran
 
 CAPTIONS = {
     "people/astronaut.png": "an astronaut in an orange suit before a flag",
@@ -168,7 +168,7 @@ def test_sizes_are_those_of_the_upright_images_and_buckets_keep_their_shape(made
 
 def test_the_turned_photograph_is_encoded_upright(made: Made) -> None:
     upright = np.asarray(photograph("rocket.jpg"), np.float32).mean()
-    pixels = placed(made.data, of(made, "rocket.jpg"))
+    pixels = placed_image(made.data, of(made, "rocket.jpg"))
     whole = np.asarray(photograph("rocket.jpg").resize(pixels.shape[1::-1]), np.float32)
     assert np.abs(pixels.astype(np.float32) - whole).mean() < 12
     assert upright > 0
@@ -177,9 +177,9 @@ def test_the_turned_photograph_is_encoded_upright(made: Made) -> None:
 
 
 def test_grey_and_transparent_images_are_encoded_as_rgb_on_white(made: Made) -> None:
-    camera = placed(made.data, of(made, "camera.png"))
+    camera = placed_image(made.data, of(made, "camera.png"))
     assert (camera == camera[..., :1]).all()
-    horse = placed(made.data, of(made, "animals/horse.png"))
+    horse = placed_image(made.data, of(made, "animals/horse.png"))
     assert horse[0, 0].tolist() == [255, 255, 255]
     coins = images.decode((made.data / "coins.tif").read_bytes())
     assert np.array_equal(coins[..., 0], np.asarray(photograph("coins.png")))

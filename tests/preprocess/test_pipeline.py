@@ -682,11 +682,31 @@ def test_the_report_is_said_once_and_without_bars(
 ) -> None:
     result = ran(replace(original.options, cache=str(tmp_path / "cache"), text_length=12), capsys)
     lines = result.out.splitlines()
-    assert lines[0].startswith("to make: 34 rows, about ")
-    assert lines[1].split() == ["layer", "rows", "made", "now", "kept", "MB"]
-    assert lines[8] == (f"cache {tmp_path / 'cache'}: 6 samples (1 held out), 7 distinct captions, conditions canny")
-    assert lines[9] == "sizes: 3 of 64x64, 3 of 96x48"
-    assert len(lines) == 10
+    assert lines[0].split() == [
+        "layer",
+        "fresh",
+        "to",
+        "make",
+        "stale",
+        "units",
+        "of",
+        "work",
+        "MB",
+        "on",
+        "disk",
+        "MB",
+        "to",
+        "come",
+    ]
+    assert lines[7:12] == [
+        f"  {name}, to make: not made yet ({rows})"
+        for name, rows in (("latents", 6), ("canny", 6), ("canny_latents", 6), ("clip", 8), ("t5", 8))
+    ]
+    assert lines[12].startswith("10 units of work, about ")
+    assert lines[13].split() == ["layer", "rows", "made", "now", "kept", "MB"]
+    assert lines[20] == (f"cache {tmp_path / 'cache'}: 6 samples (1 held out), 7 distinct captions, conditions canny")
+    assert lines[21] == "sizes: 3 of 64x64, 3 of 96x48"
+    assert len(lines) == 22
     assert "warning: 6 of 7 captions are cut off after 12 T5 tokens (text_length)" in result.err
     assert "%" not in result.err  # no progress bars where there is no terminal
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,7 +27,7 @@ from shared.cache.reader import Cache, Layer, LayerSummary
 from shared.cache.schema import Caption
 from shared.cache.verify import verify
 from shared.errors import UserError, run_command_line
-from tests.preprocess.runs import placed
+from tests.preprocess.runs import placed_image
 from tests.shared import small_cache
 from tests.shared.small_cache import BROKEN, CAPTIONS, SAMPLES, content, files, flip, folder_of, make, sample
 
@@ -236,11 +237,10 @@ def test_rule_10_text_is_stored_once_and_the_empty_caption_always(tiny_cache: Pa
 def test_rule_11_raw_moments_are_stored(tiny_cache: Path, tiny_data: Path, tiny_model: Path) -> None:
     from diffusers import AutoencoderKL
 
-
     cache = Cache(tiny_cache)
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae").eval()
     for sample_ in list(cache.samples.values())[:2]:
-        pixels = torch.from_numpy(np.array(placed(tiny_data, sample_)))
+        pixels = torch.from_numpy(np.array(placed_image(tiny_data, sample_)))
         with torch.no_grad():
             posterior = vae.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
         found = cache.layer("latents").tensors(sample_.key)
@@ -327,7 +327,9 @@ def test_rule_17_unlisted_files_are_harmless_and_nothing_is_deleted(tmp_path: Pa
 
 def test_rule_18_nothing_in_a_cache_can_run_code(tiny_cache: Path) -> None:
     found = {path.suffix for path in tiny_cache.rglob("*") if path.is_file()}
-    assert found == {".json", ".parquet", ".arrow", ".tar"}
+    assert found == {".json", ".parquet", ".arrow", ".tar", ".scan"}
+    for path in tiny_cache.rglob("*.scan"):
+        assert pa.ipc.open_stream(path.read_bytes()[16:]).read_all().num_rows  # a checksum, then Arrow
     members = set()
     for path in tiny_cache.rglob("*.tar"):
         with tarfile.open(path) as tar:
@@ -564,6 +566,7 @@ def test_the_examples_digests_are_computed_as_the_page_says() -> None:
 def test_the_tree_names_what_a_real_cache_has(tiny_cache: Path) -> None:
     named = set(re.findall(r"^\s+(\S+?)(?:-[0-9a-f]{8}/|/?\s)", section("The tree"), re.MULTILINE))
     names = {re.sub(r"-[0-9a-f]{8}$", "", path.name) for path in tiny_cache.rglob("*")}
+    names = {re.sub(r"^[0-9a-f]{32}\.", "DIGEST.", name) for name in names}
     assert {"cache.json", "samples.parquet", "captions.parquet", "layer.json", "00000.tar", "00000.parquet"} <= named
     assert {name for name in names if not re.match(r"0000[1-9]", name)} <= named
 

@@ -29,7 +29,7 @@ from shared.families.base import Batch, Tensors
 from shared.families.flux import image_ids, pack, resolution_shift, unpack
 from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH, preprocess_options, write_data
-from tests.preprocess.runs import placed
+from tests.preprocess.runs import placed_image
 
 FLUX = families.get("flux")
 LAYERS = {layer.name: layer for layer in FLUX.layers}
@@ -124,7 +124,7 @@ def test_cached_latents_are_the_pipeline_s(made: Made) -> None:
     layer = made.layer("latents")
     assert len(made.cache.samples) == 5
     for sample in made.cache.samples.values():
-        pixels = placed(made.data, sample)
+        pixels = placed_image(made.data, sample)
         assert pixels.shape == (sample.bucket_height, sample.bucket_width, 3)
         with torch.no_grad():
             posterior = made.pipeline.vae.encode(prepared(made.pipeline, pixels, made.dtype)).latent_dist
@@ -141,7 +141,7 @@ def test_a_draw_of_cached_latents_is_the_pipeline_s_draw_with_the_same_noise(mad
     for layer_name, drawing in (("latents", None), ("canny_latents", 0)):
         layer = made.layer(layer_name)
         for sample in made.cache.samples.values():
-            pixels = placed(made.data, sample)
+            pixels = placed_image(made.data, sample)
             if drawing is not None:
                 pixels = CannyDrawer(CannyOptions())(pixels[None])[0, drawing]
             seeded = torch.Generator().manual_seed(7)
@@ -153,7 +153,7 @@ def test_a_draw_of_cached_latents_is_the_pipeline_s_draw_with_the_same_noise(mad
 def test_cached_condition_latents_are_the_pipeline_s_of_the_drawing(made: Made) -> None:
     layer, drawings = made.layer("canny_latents"), made.layer("canny")
     for sample in made.cache.samples.values():
-        drawn = CannyDrawer(CannyOptions())(placed(made.data, sample)[None])[0, 0]
+        drawn = CannyDrawer(CannyOptions())(placed_image(made.data, sample)[None])[0, 0]
         stored = Image.open(io.BytesIO(drawings.read(sample.key, "0.png"))).convert("RGB")
         assert np.array_equal(np.asarray(stored), drawn)
         ours = FLUX.model_latents(moments(layer, sample.key, 0), layer.summary.recipe, None, made.dtype)

@@ -20,7 +20,7 @@ from shared.errors import UserError
 from shared.families.base import Batch, Inputs
 from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH
-from tests.preprocess.runs import placed
+from tests.preprocess.runs import placed_image
 from tests.train.conftest import flux, samples_of, train_options, trainer_of
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions, parse_depth
 from train.quantize import place_base
@@ -95,7 +95,7 @@ class Reference:
         drawings = self.cache.layer("canny")
         draw = torch.Generator().manual_seed(seed_of(seed, batch.position, 3))
         with torch.no_grad():
-            x_0 = self.latents([placed(self.data, sample) for sample in samples], draw)
+            x_0 = self.latents([placed_image(self.data, sample) for sample in samples], draw)
             pages = [Image.open(io.BytesIO(drawings.read(key, "0.png"))).convert("RGB") for key in batch.keys]
             condition = self.latents(pages, draw)
             t = torch.sigmoid(torch.randn(len(samples), generator=draw))
