@@ -261,6 +261,18 @@ def told(error: BaseException) -> BaseException:
     return note
 
 
+def check_available(options: EngineOptions) -> None:
+    """Refuse (`UserError`) what these options ask for and this machine has not, before anything is done."""
+    if options.chosen == "ray":
+        from preprocess.engines import ray
+
+        ray.check()
+    elif options.chosen == "processes":
+        from preprocess.engines import processes
+
+        processes.check(options)
+
+
 def open_workers(options: EngineOptions, setup: Setup) -> Workers:
     """The workers that the options ask for; none is started. Raises `UserError` where they are not to be had."""
     if options.chosen == "ray":
@@ -276,4 +288,4 @@ def open_workers(options: EngineOptions, setup: Setup) -> Workers:
     return LocalWorkers(setup)
 
 
-__all__ = ["Died", "Engine", "EngineOptions", "Event", "Finished", "OnRows", "Ready", "Workers", "open_workers", "told"]
+__all__ = ["Died", "Engine", "EngineOptions", "Event", "Finished", "OnRows", "Ready", "Workers", "check_available", "open_workers", "told"]

@@ -19,7 +19,7 @@ import torch
 
 from preprocess import conditions, encode, plan, sources
 from preprocess.config import PreprocessConfig
-from preprocess.engine import Engine, open_workers
+from preprocess.engine import Engine, check_available, open_workers
 from preprocess.explain import State
 from preprocess.layers import Layers, PlannedLayer, components
 from preprocess.status import Before, LayerStatus, Wanted, status
@@ -71,6 +71,7 @@ def preprocess(options: PreprocessConfig) -> int:
     Raises `UserError` before any image is read where options, data set, model or detectors are not fit, and before any
     encoder runs where the result will not fit the disk.
     """
+    check_available(options.engine)
     stage, source = _begin(options)
     stage.storage.check_writable()
     with atomic.alone(stage.cache, "preprocessing into"):
@@ -271,6 +272,8 @@ class _Stage:
                     cut = [(by_name[layer.name], keys) for layer in layers for keys in self._cut(by_name[layer.name])]
                     for _ in engine.map(self._units(cut, by_name), len(cut)):
                         pass
+                    if self.options.engine.chosen != "local":
+                        self.storage.synchronize()  # what others have uploaded
         finally:
             _remove_parts(self.cache)  # of workers that died
 

@@ -108,12 +108,13 @@ class Worker:
             written = self._writer.submit(self._write, begun.unit, batches, on_rows)
             try:
                 self._encode(begun.unit, loading, batches)
-            except BaseException as error:
-                batches.end(error)
-                if not isinstance(error, _UnwantedError):
-                    raise
+            except _UnwantedError:
+                batches.end(whole=False)  # the writer's error is the one to be heard
+            except BaseException:
+                batches.end(whole=False)
+                raise
             else:
-                batches.end()
+                batches.end(whole=True)
             return written
 
     def _encode(self, unit: Unit, loading: Ahead[Any, Any], batches: _Batches) -> None:
@@ -164,6 +165,7 @@ class Worker:
                     on_rows(len(batch))
                 if self._is_finished(unit):
                     raise _UnwantedError  # another try of this unit, when this one was taken for lost
+            self._storage.flush()  # what is done is done where the cache is
         except _UnwantedError:
             pass
         finally:
@@ -185,8 +187,8 @@ class _Batches:
     """Rows on their way from the encoder to the writer, in batches."""
 
     def __init__(self) -> None:
-        self._queue: Queue[list[Future[Row]] | BaseException | None] = Queue(_BATCHES_BEHIND)
-        self._given_up = False
+        self._queue: Queue[list[Future[Row]] | bool] = Queue(_BATCHES_BEHIND)
+        self._given_up = self._ended = False
 
     def put(self, batch: list[Future[Row]]) -> None:
         """The encoder's: waits while the writer is far behind. Raises `_UnwantedError` where it writes no more."""
@@ -194,24 +196,23 @@ class _Batches:
             raise _UnwantedError
         self._queue.put(batch)
 
-    def end(self, error: BaseException | None = None) -> None:
-        """The encoder's last word: all is there, or this went wrong."""
-        self._queue.put(error)
+    def end(self, *, whole: bool) -> None:
+        """The encoder's last word: all is there, or nothing more comes."""
+        self._queue.put(whole)
 
     def __iter__(self) -> Iterator[list[Future[Row]]]:
-        while (batch := self._queue.get()) is not None:
-            if isinstance(batch, BaseException):
-                self._given_up = True
-                raise batch
+        """The writer's. Raises `_UnwantedError` where the rest will not come."""
+        while isinstance(batch := self._queue.get(), list):
             yield batch
-        self._given_up = True
+        self._ended = True
+        if not batch:
+            raise _UnwantedError
 
     def give_up(self) -> None:
-        """The writer's: let the encoder not wait for room."""
-        if not self._given_up:
-            self._given_up = True
-            while isinstance(self._queue.get(), list):
-                pass
+        """The writer's, when it writes no more: let the encoder not wait for room."""
+        self._given_up = True
+        while not self._ended:
+            self._ended = isinstance(self._queue.get(), bool)
 
 
 def _found(setup: Setup) -> ModelFolder:

@@ -29,17 +29,20 @@ from shared.report import quiet_libraries
 AHEAD = 3
 
 
+def check(options: EngineOptions) -> None:
+    """Refuse (`UserError`) GPUs that are not there."""
+    if options.gpus and max(options.gpus) >= (count := torch.cuda.device_count()):
+        there = f"GPUs 0 to {count - 1}" if count else "no GPU that torch can use"
+        raise UserError(f"engine.gpus names {max(options.gpus)}, but this machine has {there}")
+
+
 class ProcessWorkers(Workers):
     """Each worker is a process that this one starts, and kills when it is done."""
 
     ahead = AHEAD
 
     def __init__(self, options: EngineOptions, setup: Setup) -> None:
-        """Raises `UserError` where a GPU is not there."""
         self._setup, self._gpus = setup, options.gpus
-        if options.gpus and max(options.gpus) >= (count := torch.cuda.device_count()):
-            there = f"GPUs 0 to {count - 1}" if count else "no GPU that torch can use"
-            raise UserError(f"engine.gpus names {max(options.gpus)}, but this machine has {there}")
         self.num_workers = len(options.gpus) or options.processes or 1
         self._context = multiprocessing.get_context("spawn")
         self._processes: dict[int, SpawnProcess] = {}

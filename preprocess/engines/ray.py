@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
 import socket
 import threading
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +31,33 @@ _OBJECT_STORE_BYTES = 100 << 20  # units pass through it, some KB a row; pixels 
 _PATIENCE_SECONDS = 60
 
 
+def check() -> None:
+    """Refuse (`UserError`) where Ray is not installed, or nobody answers at RAY_ADDRESS."""
+    if find_spec("ray") is None:
+        raise UserError("engine.kind=ray needs Ray, which is not installed: pip install -r requirements-ray.txt")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if match := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
+        # Ray itself would try for five minutes before it says so.
+        try:
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
+        except OSError as error:
+            raise UserError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}); start one with "
+                "`ray start --head`, mend the address, or unset it to have one started here"
+            ) from error
+
+
 class RayWorkers(Workers):
     """Each worker is an actor that holds an encoder. One that is lost is started anew, wherever there is room."""
 
     ahead = AHEAD
 
     def __init__(self, options: EngineOptions, setup: Setup) -> None:
-        """Connects to the cluster or starts one. Raises `UserError` where Ray is not installed, there is no cluster at
-        RAY_ADDRESS, or it has no room for a worker."""
+        """Connects to the cluster or starts one. Raises `UserError` where there is none at RAY_ADDRESS, or where it has
+        no room for a worker."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import: nothing is reported to anyone
-        try:
-            import ray
-        except ImportError as error:
-            raise UserError(
-                "engine.kind=ray needs Ray, which is not installed: pip install -r requirements-ray.txt"
-            ) from error
+        import ray
+
         self._ray, self._setup = ray, setup
         self._connected_here = not ray.is_initialized()
         self._actors: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""Producers: what becomes of one shard's rows. Order, reasons, memory, and the files they are read from."""
+"""Producers: what becomes of a batch's rows. Order, reasons, and the files they are read from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import io
 import json
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +21,14 @@ from PIL import Image
 from safetensors.torch import load
 
 from preprocess import encode, images, lookahead
-from preprocess.encode import Row
+from preprocess.encode import Producer, Row
 from preprocess.geometry import Placement
 from preprocess.images import ImageError
-from shared.cache.schema import Caption, Sample
+from preprocess.sources import File
+from shared.cache.schema import Sample
+from shared.cache.storage import LocalStorage, Storage
 from shared.errors import UserError
 from shared.families.base import Tensors
-from tests.preprocess.runs import FilesBelow
 
 KEYS = [f"key{i}" for i in range(11)]
 
@@ -45,13 +48,36 @@ def values(rows: Sequence[Row]) -> dict[str, float | str]:
     return found | {row.key: load(row.members["safetensors"])["mean"].item() for row in rows if row.members is not None}
 
 
+@dataclass(frozen=True)
+class Given:
+    """An item that loads what `read` gives for its key."""
+
+    key: str
+    read: Callable[[str], Any]
+
+    @property
+    def input(self) -> str:
+        return f"input of {self.key}"
+
+    def load(self, storage: Storage) -> Any:
+        return self.read(self.key)
+
+
+def produced(producer: Producer, read: Callable[[str], Any], batch_size: int, keys: Sequence[str] = KEYS) -> list[Row]:
+    """The rows of `keys`, batch by batch."""
+    made = []
+    for batch in encode.batched([Given(key, read) for key in keys], batch_size):
+        loaded = [encode.load(LocalStorage(Path()), item) for item in batch]
+        made += [finish() for finish in producer.batch(batch, loaded)]
+    return made
+
+
 # --- rows ---
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11, 100])
-@pytest.mark.parametrize("workers", [1, 4])
-def test_each_key_gets_its_own_values_in_order(batch_size: int, workers: int) -> None:
-    rows = list(encode.images_producer(pixels_of, mean_of, batch_size, workers)(KEYS))
+def test_each_key_gets_its_own_values_in_order(batch_size: int) -> None:
+    rows = produced(encode.images_producer(mean_of), pixels_of, batch_size)
     assert [row.key for row in rows] == KEYS
     assert values(rows) == {key: pytest.approx(float(pixels_of(key).mean())) for key in KEYS}
 
@@ -64,18 +90,18 @@ def test_a_value_that_is_not_finite_makes_its_row_an_error_and_no_other() -> Non
                 tensors["mean"][i] = float("nan")
         return tensors
 
-    rows = {row.key: row for row in encode.images_producer(pixels_of, encoder, 3, 2)(KEYS)}
+    rows = {row.key: row for row in produced(encode.images_producer(encoder), pixels_of, 3)}
     assert rows["key4"] == Row("key4", None, "the encoder gave values that are not finite (mean)")
     assert [key for key in KEYS if rows[key].error is None] == [key for key in KEYS if key != "key4"]
 
 
 def test_a_caption_s_infinite_embedding_is_an_error() -> None:
-    captions = {key: Caption(key, text) for key, text in (("a", "fine"), ("b", "bad"), ("c", "fine too"))}
+    captions = {"a": "fine", "b": "bad", "c": "fine too"}
 
     def encoder(texts: list[str]) -> Tensors:
         return {"mean": torch.tensor([[float("inf") if text == "bad" else len(text)] for text in texts])}
 
-    found = values(list(encode.captions_producer(captions, encoder, 2)(list(captions))))
+    found = values(produced(encode.captions_producer(encoder), captions.__getitem__, 2, list(captions)))
     assert found == {"a": 4.0, "b": "the encoder gave values that are not finite (mean)", "c": 8.0}
 
 
@@ -91,13 +117,12 @@ def test_an_image_that_cannot_be_had_is_an_error_and_its_batch_goes_on() -> None
         shapes.append(len(batch))
         return mean_of(batch)
 
-    rows = list(encode.images_producer(read, encoder, 3, 2)(KEYS))
+    rows = produced(encode.images_producer(encoder), read, 3)
     assert shapes == [2, 2, 2]  # the third batch has nobody
     assert {row.key for row in rows} == set(KEYS)
     assert {row.key: row.error for row in rows if row.error} == {
         key: f"no {key}" for key in ("key0", "key4", "key6", "key7", "key8")
     }
-    assert list(encode.images_producer(read, encoder, 3, 5)(KEYS)) == rows
 
 
 def test_drawings_are_png_of_the_very_pixels_grey_where_they_are_grey() -> None:
@@ -105,7 +130,7 @@ def test_drawings_are_png_of_the_very_pixels_grey_where_they_are_grey() -> None:
         grey = np.repeat(batch[..., :1], 3, axis=-1)
         return np.stack([batch, grey], axis=1)  # (B, 2, H, W, 3)
 
-    rows = list(encode.drawings_producer(pixels_of, draw, 4, 3)(KEYS))
+    rows = produced(encode.drawings_producer(draw), pixels_of, 4)
     assert [row.key for row in rows] == KEYS
     for row in rows:
         assert row.members is not None
@@ -116,58 +141,36 @@ def test_drawings_are_png_of_the_very_pixels_grey_where_they_are_grey() -> None:
         assert np.array_equal(np.asarray(grey), pixels_of(row.key)[..., 0])
 
 
-def test_png_bytes_do_not_depend_on_threads_or_batches() -> None:
-    def produced(batch_size: int, workers: int) -> list[Row]:
-        return list(encode.drawings_producer(pixels_of, lambda batch: batch[:, None], batch_size, workers)(KEYS))
+def test_png_bytes_do_not_depend_on_batches() -> None:
+    def drawn(batch_size: int) -> list[Row]:
+        return produced(encode.drawings_producer(lambda batch: batch[:, None]), pixels_of, batch_size)
 
-    assert produced(1, 1) == produced(4, 8) == produced(100, 2)
-
-
-# --- memory and overlap ---
+    assert drawn(1) == drawn(4) == drawn(100)
 
 
-def test_no_more_images_are_read_ahead_than_the_next_batch_and_the_threads() -> None:
-    batch_size, workers, total = 4, 3, 200
-    loaded, taken, most = 0, 0, 0
-    lock = threading.Lock()
-
-    def read(key: str) -> NDArray[np.uint8]:
-        nonlocal loaded, most
-        with lock:
-            loaded += 1
-            most = max(most, loaded - taken)
-        return np.zeros((8, 8, 3), np.uint8)
-
-    def encoder(batch: NDArray[np.uint8]) -> Tensors:
-        nonlocal taken
-        with lock:
-            taken += len(batch)
-        return mean_of(batch)
-
-    keys = [f"key{i}" for i in range(total)]
-    assert len(list(encode.images_producer(read, encoder, batch_size, workers)(keys))) == total
-    assert most <= 2 * batch_size + workers + 1
+# --- reading ahead ---
 
 
-def test_the_next_batch_is_read_while_the_encoder_runs() -> None:
-    begun: set[str] = set()
+@pytest.mark.parametrize(("ahead", "total"), [(0, 50), (1, 50), (7, 50), (7, 3), (7, 0)])
+def test_so_many_are_begun_at_once_and_no_more_than_that_are_ahead_of_the_taker(ahead: int, total: int) -> None:
+    begun, taken, most = 0, 0, 0
 
-    def read(key: str) -> NDArray[np.uint8]:
-        begun.add(key)
-        return pixels_of(key)
+    def items() -> Iterator[int]:
+        nonlocal begun, most
+        for item in range(total):
+            begun += 1
+            most = max(most, begun - taken)
+            yield item
 
-    seen: list[bool] = []
-
-    def encoder(batch: NDArray[np.uint8]) -> Tensors:
-        following = KEYS[3 * (len(seen) + 1) : 3 * (len(seen) + 2)]
-        until = time.monotonic() + 5
-        while not set(following) <= begun and time.monotonic() < until:
-            time.sleep(0.001)
-        seen.append(set(following) <= begun)
-        return mean_of(batch)
-
-    list(encode.images_producer(read, encoder, 3, 2)(KEYS))
-    assert seen == [True] * 4
+    with ThreadPoolExecutor(2) as pool:
+        results = lookahead.Ahead(str, items(), pool, ahead)
+        assert begun == min(ahead, total)
+        for expected in range(total):
+            assert next(results) == str(expected)
+            taken += 1
+        assert list(results) == []
+    assert begun == total
+    assert most <= ahead + 1
 
 
 def test_what_has_not_begun_never_does_when_the_caller_stops() -> None:
@@ -213,31 +216,31 @@ def sample(tmp_path: Path) -> Sample:
 
 
 def test_a_placed_image_is_its_pixels(tmp_path: Path, sample: Sample) -> None:
-    assert (encode.load_placed(FilesBelow(tmp_path), sample, "image") == 200).all()
+    assert (encode.load_placed(File(str(tmp_path), "a.png"), sample, "image") == 200).all()
 
 
 def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path, sample: Sample) -> None:
     Image.fromarray(np.full((16, 16, 3), 100, np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png changed while it was being preprocessed; run the same command again"):
-        encode.load_placed(FilesBelow(tmp_path), sample, "image")
+        encode.load_placed(File(str(tmp_path), "a.png"), sample, "image")
 
 
 def test_a_file_that_is_gone_since_the_plan_is_refused(tmp_path: Path, sample: Sample) -> None:
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match=r"a\.png can no longer be read \(No such file or directory\); run the same"):
-        encode.load_placed(FilesBelow(tmp_path), sample, "image")
+        encode.load_placed(File(str(tmp_path), "a.png"), sample, "image")
 
 
 def test_a_conditioning_image_that_is_missing_or_broken_is_a_reason_and_no_refusal(
     tmp_path: Path, sample: Sample
 ) -> None:
     with pytest.raises(ImageError, match="it has no conditioning_image"):
-        encode.load_placed(FilesBelow(tmp_path), sample, "conditioning_image")
+        encode.load_placed(None, sample, "conditioning_image")
     unread = replace(sample, conditioning_source="b.png")
     with pytest.raises(ImageError, match=r"its conditioning image b\.png cannot be read"):
-        encode.load_placed(FilesBelow(tmp_path), unread, "conditioning_image")
+        encode.load_placed(None, unread, "conditioning_image")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:45])
     broken = replace(unread, conditioning_sha256=hashlib.sha256((tmp_path / "b.png").read_bytes()).hexdigest())
     with pytest.raises(ImageError, match=r"its conditioning image b\.png: truncated PNG file"):
-        encode.load_placed(FilesBelow(tmp_path), broken, "conditioning_image")
+        encode.load_placed(File(str(tmp_path), "b.png"), broken, "conditioning_image")
     assert images.decode((tmp_path / "a.png").read_bytes()).shape == (16, 16, 3)
