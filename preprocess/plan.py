@@ -141,6 +141,8 @@ class _Rows:
     def plan(self) -> Plan:
         """The plan of all that were added."""
         samples = self._samples
+        if not samples:
+            raise UserError(f"there is not one image in {self._options.data}")
         if not any(sample.status == "ok" for sample in samples):
             reasons = "; ".join(sorted({str(sample.error) for sample in samples})[:3])
             raise UserError(f"none of the {self._num_images} images in {self._options.data} can be used: {reasons}")

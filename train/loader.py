@@ -184,7 +184,7 @@ class CachedSamples:
             for other in others:
                 differing = [
                     key
-                    for key in sorted({*first.summary.recipe, *other.summary.recipe} - {"drawings"})
+                    for key in sorted({*first.summary.recipe, *other.summary.recipe} - {"layer", "drawings"})
                     if first.summary.recipe.get(key) != other.summary.recipe.get(key)
                 ]
                 if differing:

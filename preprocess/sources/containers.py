@@ -73,16 +73,17 @@ def kind_of_folder(folder: Path) -> str:
         return "folder"
     endings: Counter[str] = Counter()
     for name in listing.walk(folder):
-        if posixpath.splitext(posixpath.basename(name))[0] == "metadata":
+        if posixpath.basename(name) in listing.METADATA:
             return "folder"
         endings[posixpath.splitext(name)[1].lower()] += 1
     found = [kind for kind, ending in _ENDINGS.items() if endings[ending]]
     if any(endings[ending] for ending in listing.IMAGE_ENDINGS):
         found.append("folder")
     if len(found) > 1:
+        known = sorted(listing.IMAGE_ENDINGS | set(_ENDINGS.values()))
+        listed = ", ".join(f"{endings[ending]} {ending}" for ending in known if endings[ending])
         raise UserError(
-            f"{folder} holds {', '.join(f'{count} {ending}' for ending, count in sorted(endings.items()))} files; say "
-            f"which are the data set with source.kind={' or '.join(found)}"
+            f"{folder} holds {listed} files; say which are the data set with source.kind={' or '.join(found)}"
         )
     return found[0] if found else "folder"
 

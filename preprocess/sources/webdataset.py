@@ -101,18 +101,24 @@ class TarPart(Part):
     def records(self) -> Iterator[Record]:
         """Its samples, in order; where it breaks off, a last record with the tar's own name says so."""
         names: set[str] = set()
+        others: dict[str, None] = {}
         for group in self._groups():
             if isinstance(group, _Broken):
+                names.add(self.name)
                 yield self._error(self.name, group.reason)
                 continue
             record = self._record(group)
             if record is None:
+                others.update(dict.fromkeys(group.members))
                 continue
             if record.name in names:
                 offset = next(iter(group.members.values())).offset
                 record = self._error(f"{record.name} at byte {offset}", "its key comes twice in this tar")
             names.add(record.name)
             yield record
+        if others and not names:
+            listed = ", ".join(f".{ending}" for ending in list(others)[:8])
+            yield self._error(self.name, f"the tar holds no images; its members: {listed}")
 
     def _error(self, name: str, reason: str) -> Record:
         return Record(name, Missing(self._path, reason), (), (), None, None, self._split, reason)

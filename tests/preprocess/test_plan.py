@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -175,6 +176,13 @@ def test_no_sound_image_at_all_is_refused_with_the_reasons(tmp_path: Path) -> No
     picture(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"none of the 1 images in .* can be used: not an image"):
+        planned(tmp_path)
+
+
+def test_no_image_at_all_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    with pytest.raises(UserError, match="there is not one image in"):
         planned(tmp_path)
 
 

@@ -323,6 +323,13 @@ def test_what_is_no_tar_is_named_and_the_others_are_read(tmp_path: Path) -> None
     assert said["00002.tar"] == "the tar is empty: what follows is lost"
 
 
+def test_a_tar_without_images_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0.npy", b"x"), ("0.cls", b"7"), ("1.npy", b"x"), ("1.cls", b"8")])
+    write_tar(tmp_path / "1.tar", members(pictures(1)))
+    assert errors(tmp_path) == {"0.tar": "the tar holds no images; its members: .npy, .cls"}
+    assert len(sound(tmp_path)) == 1
+
+
 def test_a_tar_that_is_gone_when_it_is_read_is_named(tmp_path: Path) -> None:
     source = open_source(as_tars(tmp_path, pictures(2), num_tars=2), SourceOptions())
     (tmp_path / "00000.tar").unlink()
