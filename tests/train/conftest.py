@@ -21,9 +21,10 @@ from shared.cache.reader import Cache
 from shared.families.base import Family
 from shared.model_folder import resolve
 from train.config import TrainConfig
-from train.loader import CachedSamples, Loader, LoaderOptions
+from train.loader import Loader, LoaderOptions
 from train.optimizer import OptimizerOptions
 from train.run import Run
+from train.samples import CachedSamples
 from train.trainer import Trainer
 from train.validation import ValidationOptions
 

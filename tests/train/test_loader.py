@@ -26,7 +26,8 @@ from shared.families.base import Batch
 from tests.shared.small_cache import flip
 from tests.train import made_cache
 from tests.train.conftest import flux, samples_of
-from train.loader import CachedSamples, Loader, LoaderOptions
+from train.loader import Loader, LoaderOptions
+from train.samples import CachedSamples
 
 EMPTY_CAPTION = Caption.of("").id
 CPU = torch.device("cpu")

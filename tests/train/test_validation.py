@@ -42,7 +42,7 @@ def half_held_out(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     (data / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     options = preprocess_options(data, folder / "cache", tiny_model, geometry=GeometryOptions(resolution=64))
     assert preprocess(options) == 0
-    sizes = samples_of(folder / "cache", "validation").sizes_of
+    sizes = samples_of(folder / "cache", "validation").by_size
     assert sorted(size.stop - size.start for size in sizes) == [1, 4, 4]
     return folder / "cache"
 
