@@ -288,4 +288,16 @@ def open_workers(options: EngineOptions, setup: Setup) -> Workers:
     return LocalWorkers(setup)
 
 
-__all__ = ["Died", "Engine", "EngineOptions", "Event", "Finished", "OnRows", "Ready", "Workers", "check_available", "open_workers", "told"]
+__all__ = [
+    "Died",
+    "Engine",
+    "EngineOptions",
+    "Event",
+    "Finished",
+    "OnRows",
+    "Ready",
+    "Workers",
+    "check_available",
+    "open_workers",
+    "told",
+]
