@@ -48,13 +48,18 @@ of_preprocess = $(call option,MODEL,model) $(call several,CONDITION,condition) $
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-$(INSTALLED): requirements.txt requirements-dev.txt
+$(INSTALLED): requirements.txt requirements-dev.txt requirements-ray.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo "setting up $(VENV) (a few minutes and 6.5 GB, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN_PYTHON) -m pip install --quiet --upgrade pip
 	$(RUN_PYTHON) -m pip install --quiet -r requirements-dev.txt
 	@touch $(INSTALLED)
+
+$(VENV)/.bench-installed: $(INSTALLED) requirements-bench.txt
+	$(RUN_PYTHON) -m pip install --quiet -r requirements-bench.txt
+	$(RUN_PYTHON) -m pip install --quiet --no-deps mosaicml-streaming==0.13.0
+	@touch $@
 
 demo: $(INSTALLED)
 	@$(RUN_PYTHON) -m examples.demo $(ARGS)

@@ -58,7 +58,8 @@ class PreprocessConfig:
 
     data: str
     """A folder of images with metadata.jsonl (file_name, text; optional conditioning_image, split), or with NAME.txt
-    beside each image."""
+    beside each image. Or WebDataset tars (`laion/{00000..00099}.tar`), Parquet files or a data set that save_to_disk
+    wrote, by a path, a pattern or a folder; the first two also at a URL."""
     cache: str = "cache"
     """Where the cache is made, or brought up to date: a folder, or a URL (s3://, gs://, hf://)."""
     family: str = "flux"

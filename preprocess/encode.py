@@ -72,12 +72,18 @@ class Producer:
     finish: Callable[[Item, Any], Row]
     """An item and what came of it -> its row. By any thread."""
 
-    def batch(self, items: Sequence[Item], loaded: Sequence[Any]) -> list[Finish]:
-        """Encode one batch: the last steps of its rows. Those that could not be loaded (`ImageError`) come first."""
+    def batch(self, items: Sequence[Item], loaded: Sequence[Any], size: int) -> list[Finish]:
+        """Encode one batch: the last steps of its rows. Those that could not be loaded (`ImageError`) come first.
+
+        Where there are fewer than `size`, the last one fills it up: kernels round by the shape of a batch, and so a
+        row's bytes do not depend on how many others were missing with it. What is repaired or added later is the row
+        that a first run would have made.
+        """
         pairs = list(zip(items, loaded, strict=True))
         sound = [(item, found) for item, found in pairs if not isinstance(found, ImageError)]
         lost = [partial(Row, item.key, None, str(found)) for item, found in pairs if isinstance(found, ImageError)]
-        encoded = self.encode([found for _, found in sound]) if sound else []
+        filled = [found for _, found in sound] + [found for _, found in sound[-1:]] * (size - len(sound))
+        encoded = self.encode(filled)[: len(sound)] if sound else []
         return [*lost, *(partial(self.finish, item, one) for (item, _), one in zip(sound, encoded, strict=True))]
 
 

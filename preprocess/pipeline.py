@@ -7,7 +7,6 @@ interrupted and an undisturbed run write the same bytes, wherever and in whateve
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,7 +127,7 @@ class _Stage:
 
     def run(self, source: sources.Source) -> int:
         """Bring the cache up to date. This process holds it."""
-        works = self._look(source)
+        works = self._look(source, remember=True)
         _remove_parts(self.cache)
         found = self._status(works)
         free_bytes = self._free_bytes()
@@ -144,14 +143,14 @@ class _Stage:
         """What there is of each layer, and the bytes that are free."""
         if self.storage.remote:
             self.storage.synchronize()
-        return self._status(self._look(source)), self._free_bytes()
+        return self._status(self._look(source, remember=False)), self._free_bytes()
 
-    def _look(self, source: sources.Source) -> list[Work]:
-        """What the cache shall have, and what is missing of it."""
+    def _look(self, source: sources.Source, remember: bool) -> list[Work]:
+        """What the cache shall have, and what is missing of it. `remember`: what is found out about the images."""
         # Before the images are read: a recipe refuses where a detector's weights are missing.
         works = [Work(layer, self.cache / layer.folder) for layer in self.layers]
         self.before = Before.read(self.cache)
-        self.plan = self._plan(source)
+        self.plan = self._plan(source, remember)
         _check_conditioning(self.options, source, any(s.conditioning_source is not None for s in self.plan.samples))
         self.samples = {sample.key: sample for sample in self.plan.samples}
         self.captions = {caption.id: caption for caption in self.plan.captions}
@@ -159,14 +158,13 @@ class _Stage:
             self._find_missing(work)
         return works
 
-    def _plan(self, source: sources.Source) -> plan.Plan:
+    def _plan(self, source: sources.Source, remember: bool) -> plan.Plan:
         path = self.cache / schema.SAMPLES
         try:
             before = schema.read_samples(path) if path.is_file() else []
         except schema.CacheError:
             before = []  # damaged: every image is decoded again, and the file is written anew at the end
-        memory = self.cache if os.access(self.cache, os.W_OK) else None  # there may be none yet, or a read-only one
-        made = plan.make(source, self.options, self.family.size_multiple, before, memory)
+        made = plan.make(source, self.options, self.family.size_multiple, before, self.cache, remember)
         if gone := {sample.source for sample in before} - {sample.source for sample in made.samples}:
             warn(
                 f"{len(gone)} image(s) of the cache, as {min(gone)}, are no longer in {self.options.data}: they are no "

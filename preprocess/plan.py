@@ -48,19 +48,21 @@ def make(
     multiple: int,
     before: Iterable[Sample] = (),
     cache: Path | None = None,
+    remember: bool = True,
 ) -> Plan:
     """Read the files of all records and lay out the cache. `multiple`: sides are multiples of so many pixels.
 
-    `before` are the samples of an earlier plan; where `records` are a `Source` and `cache` is given, what is found out
-    is remembered there, and what is remembered is not found out again. Records pass by one at a time, and of their
-    bytes a few at a time are in memory. Raises `UserError` where no sample is sound, and where a store does not answer.
+    `before` are the samples of an earlier plan; where `records` are a `Source` and `cache` is given, what is remembered
+    there is not found out again, and what is found out is remembered, unless `remember` is False. Records pass by one
+    at a time, and of their bytes a few at a time are in memory. Raises `UserError` where no sample is sound, and where
+    a store does not answer.
     """
     known: Sizes = {
         bytes.fromhex(s.sha256): (s.width, s.height)
         for s in before
         if s.status == "ok" and s.sha256 is not None and s.width is not None and s.height is not None
     }
-    memory = None if cache is None else Memory(cache, options.source)
+    memory = None if cache is None else Memory(cache, options.source, remember)
     rows = _Rows(options, multiple)
     num_images = records.num_images if isinstance(records, Source) else None
     scans = scan_all(records, known, memory, options.encode.workers)
@@ -139,6 +141,8 @@ class _Rows:
     def plan(self) -> Plan:
         """The plan of all that were added."""
         samples = self._samples
+        if not samples:
+            raise UserError(f"there is not one image in {self._options.data}")
         if not any(sample.status == "ok" for sample in samples):
             reasons = "; ".join(sorted({str(sample.error) for sample in samples})[:3])
             raise UserError(f"none of the {self._num_images} images in {self._options.data} can be used: {reasons}")

@@ -173,8 +173,9 @@ class Memory:
     as good as none. A full disk raises `UserError`.
     """
 
-    def __init__(self, cache: Path, options: SourceOptions) -> None:
-        self._folder, self._options = cache / SCAN, digest(asdict(options))
+    def __init__(self, cache: Path, options: SourceOptions, remember: bool) -> None:
+        """`remember`: whether anything may be written."""
+        self._folder, self._options, self._remember = cache / SCAN, digest(asdict(options)), remember
 
     def recall(self, part: Part) -> list[Scan] | None:
         """The part's rows, where its version is stated and they were read of this very version, in the same way."""
@@ -212,7 +213,7 @@ class Memory:
             if before is not None and before.schema.equals(_SIZES):
                 table = pa.concat_tables([table, before.replace_schema_metadata(None)])
         table = table.replace_schema_metadata(self._metadata(part))
-        if table.num_rows and not self._is_there(part, table):
+        if self._remember and table.num_rows and not self._is_there(part, table):
             self._folder.mkdir(parents=True, exist_ok=True)
             stream = pa.BufferOutputStream()
             with pa.ipc.new_stream(stream, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:

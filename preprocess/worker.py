@@ -123,7 +123,9 @@ class Worker:
             producer = self._open(layer, unit.fingerprint)
             for items in encode.batched(unit.items, layer.batch_size):
                 loaded = [next(loading) for _ in items]
-                batches.put([self._finishers.submit(finish) for finish in producer.batch(items, loaded)])
+                batches.put(
+                    [self._finishers.submit(finish) for finish in producer.batch(items, loaded, layer.batch_size)]
+                )
         except torch.OutOfMemoryError as error:
             size = getattr(self._layers.options.encode, layer.batch_option)
             raise UserError(

@@ -43,12 +43,12 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        sync_directory(path.parent)
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError) and (refusal := disk_full(error, f"writing {path}")):
             raise refusal from error
         raise
-    sync_directory(path.parent)
 
 
 @contextmanager
@@ -71,12 +71,12 @@ def writing_directory(path: Path) -> Iterator[Path]:
                 sync_directory(file)
         sync_directory(part)
         os.replace(part, path)
+        sync_directory(path.parent)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)  # what stays is removed by the next writer
         if isinstance(error, OSError) and (refusal := disk_full(error, f"writing {path}")):
             raise refusal from error
         raise
-    sync_directory(path.parent)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -95,6 +95,15 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, json_bytes(value))
 
 
+def make_directory(path: Path) -> None:
+    """Make a folder, and those above it, where they are not there yet, so that they survive a power cut."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory's entries, so that a rename survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -110,13 +119,19 @@ LOCK = ".lock"
 
 @contextmanager
 def alone(folder: Path, doing: str) -> Iterator[None]:
-    """Hold `folder` for this process; another one that wants it gets a `UserError` at once.
+    """Hold `folder` for this process; another one that wants it gets a `UserError` at once, and so does this one where
+    it may not write there.
 
     The lock is the kernel's on the folder itself: it leaves no file, and a killed process holds it no longer. NFS
     locks only files that are open for writing, so there it is on an empty file in the folder. Where there are no locks
     at all, a warning says so.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(
+            f"{folder} is read-only for this user, and {doing} it means to write there; change its permissions or "
+            "choose another folder"
+        )
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -38,6 +38,16 @@ def disk_full(error: OSError, doing: str) -> UserError | None:
     )
 
 
+def denied(error: OSError) -> UserError | None:
+    """The `UserError` for a file that this user may not touch, or None where `error` is something else."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
+        return None
+    return UserError(
+        f"{error.filename}: {error.strerror}. Nothing finished is lost; mend its permissions or choose another folder, "
+        "and run the same command again."
+    )
+
+
 def run_command_line(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit with its code; a `UserError` becomes one sentence on stderr and exit code 2."""
     try:
@@ -49,7 +59,7 @@ def run_command_line(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted: run the same command again to resume", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except OSError as error:
-        refusal = disk_full(error, f"writing {error.filename or 'a file'}")
+        refusal = disk_full(error, f"writing {error.filename or 'a file'}") or denied(error)
         if refusal is None:
             raise
         print(f"error: {refusal}", file=sys.stderr)

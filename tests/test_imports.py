@@ -65,7 +65,10 @@ def test_the_four_words_do_not_know_each_other_s_machinery() -> None:
     for file, forbidden in (
         ("train/objectives.py", ("train.adapters", "train.loader", "shared.families", "shared.cache")),
         ("train/adapters/controlnet.py", ("train.objectives", "train.loader", "shared.cache")),
-        ("train/loader.py", ("train.objectives", "train.adapters")),
+        *(
+            (f"train/{name}.py", ("train.objectives", "train.adapters"))
+            for name in ("loader", "samples", "rows", "order")
+        ),
     ):
         assert [name for name in imported(ROOT / file) if any(under(name, other) for other in forbidden)] == [], file
 

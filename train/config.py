@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
 from train.adapters.controlnet import ControlNetOptions, parse_depth
 from train.checkpoints import CheckpointOptions
@@ -22,7 +23,8 @@ class TrainConfig:
     """Train a ControlNet from a cache. Running the same command again resumes."""
 
     cache: str = "cache"
-    """The cache that `make preprocess` made. Family, resolution, condition and precision come from it."""
+    """The cache that `make preprocess` made: a folder, or a URL (s3://, gs://, hf://, https://). Family, resolution,
+    condition and precision come from it."""
     name: str | None = None
     """The run is kept in RUNS/NAME. Default: depth-<depth>, or from-<folder> of a ControlNet to start from."""
     runs: str = "runs"
@@ -31,8 +33,9 @@ class TrainConfig:
     """The base: a folder in diffusers' layout or a hub id. Default: the one the cache was made with."""
     revision: str | None = None
     """Commit, branch or tag of a hub model."""
-    condition: str | None = None
-    """Which of the cache's conditions to train on. Default: the one it was made with last."""
+    condition: tuple[str, ...] = ()
+    """Which of the cache's conditions to train on; of several, one is drawn each time a sample is. Default: the one
+    it was made with last."""
     depth: str = "2-4"
     """num_layers-num_single_layers of the ControlNet. On FLUX.1-dev 2-4 has 1.35 B parameters, 5-10 has 3.3 B."""
     steps: int = 10_000
@@ -51,6 +54,7 @@ class TrainConfig:
     """auto: a GPU where there is one."""
     controlnet: ControlNetOptions = field(default_factory=ControlNetOptions)
     loader: LoaderOptions = field(default_factory=LoaderOptions)
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
@@ -63,6 +67,9 @@ class TrainConfig:
             raise UserError(f"steps must be 1 or more, not {self.steps}")
         if self.seed < 0:
             raise UserError(f"seed must be 0 or more, not {self.seed}")
+        for condition in self.condition:
+            if self.condition.count(condition) > 1:
+                raise UserError(f"condition: {condition} is named twice")
         if not re.fullmatch(r"\w[\w.+-]*", self.run_name):
             raise UserError(
                 f"NAME '{self.run_name}' must be one word of letters, digits and . _ + -, a letter or digit first"
@@ -70,6 +77,7 @@ class TrainConfig:
         for part in (
             self.controlnet,
             self.loader,
+            self.remote,
             self.objective,
             self.optimizer,
             self.validation,
@@ -88,7 +96,7 @@ class TrainConfig:
 
 MAY_CHANGE = (
     "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "checkpointing",
-    "loader.prefetch", "loader.accumulation",
+    "loader.prefetch", "loader.workers", "loader.lookahead", "loader.accumulation", "remote.",
 )  # fmt: skip
 """Options that a resumed run may have changed without becoming another experiment. (The cache may have moved: its
 fingerprints are compared. Accumulation may change together with the number of processes: the loader compares their

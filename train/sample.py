@@ -100,7 +100,7 @@ def sample(options: SampleConfig) -> int:
 
     quiet_libraries()
     placed = np.asarray(fit(drawing, [(width, height) for width, height in facts["sizes"]]))
-    if facts["condition"] in ("lineart", "canny") and placed.mean() > 127:
+    if {"lineart", "canny"} & {*facts["condition"]} and placed.mean() > 127:
         warn("this drawing is mostly white; the ControlNet was trained on white lines on black: try --invert True")
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
     precise = options.precision == "fp32" or (options.precision == "auto" and device == "cpu")

@@ -32,11 +32,12 @@ from shared.report import component, components_table, progress, quiet_libraries
 from train import checkpoints
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions, parse_depth
 from train.config import TrainConfig
-from train.loader import CachedSamples, Loader
+from train.loader import Loader
 from train.objectives import FlowMatching, Objective
 from train.optimizer import Optimizer, learning_rate
 from train.quantize import place_base
 from train.run import Run
+from train.samples import CachedSamples
 from train.validation import Validation, flatten, seed_of
 
 
@@ -154,6 +155,7 @@ def _warn(
         warn("the cache has no held-out samples: no held-out loss and no pictures")
     unused = [f"objective.{name}" for name in options.objective.unused()]
     unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
+    unused += [f"loader.{name}" for name in options.loader.unused(remote=parts[0].cache.storage.remote)]
     if options.controlnet.start_from is not None and options.controlnet.embedder != ControlNetOptions.embedder:
         unused.append("controlnet.embedder")
     if not options.loader.condition_draw and "condition_latents.std" not in parts[0].shapes:

@@ -24,9 +24,10 @@ from shared.families.base import Batch, Decode, Family, Inputs
 from shared.model_folder import ModelFolder
 from shared.pictures import grid
 from train.adapters.controlnet import ControlNetAdapter
-from train.loader import CachedSamples, Size, to_device
+from train.loader import to_device
 from train.objectives import Objective
 from train.order import Permutation
+from train.samples import CachedSamples, Size
 
 Control = Literal["own", "other", "none"]
 _LOSSES, _PICTURES = 5, 6

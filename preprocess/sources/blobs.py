@@ -83,7 +83,8 @@ class Range:
         return self
 
     def read(self) -> bytes:
-        """The bytes of the range."""
+        """The bytes of the range. Raises `ImageError` where they are too many to be an image."""
+        refuse_large_file(self.length)
         if remote.is_remote(self.path):
             return remote.fetch(self.path, self.offset, self.length)
         with open(self.path, "rb") as file:

@@ -28,8 +28,10 @@ def open_file(path: str) -> Any:
 
     options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}
     if remote.is_remote(path):
-        return pyarrow.parquet.ParquetFile(remote.RemoteFile(path), buffer_size=remote.BLOCK_BYTES, **options)
-    return pyarrow.parquet.ParquetFile(path, memory_map=True, **options)
+        options |= {"source": remote.RemoteFile(path), "buffer_size": remote.BLOCK_BYTES}
+    else:
+        options |= {"source": path, "memory_map": True}
+    return pyarrow.parquet.ParquetFile(**options)
 
 
 def slice_rows(metadata: Any, row_group: int, columns: list[str]) -> int:

@@ -73,16 +73,17 @@ def kind_of_folder(folder: Path) -> str:
         return "folder"
     endings: Counter[str] = Counter()
     for name in listing.walk(folder):
-        if posixpath.splitext(posixpath.basename(name))[0] == "metadata":
+        if posixpath.basename(name) in listing.METADATA:
             return "folder"
         endings[posixpath.splitext(name)[1].lower()] += 1
     found = [kind for kind, ending in _ENDINGS.items() if endings[ending]]
     if any(endings[ending] for ending in listing.IMAGE_ENDINGS):
         found.append("folder")
     if len(found) > 1:
+        known = sorted(listing.IMAGE_ENDINGS | set(_ENDINGS.values()))
+        listed = ", ".join(f"{endings[ending]} {ending}" for ending in known if endings[ending])
         raise UserError(
-            f"{folder} holds {', '.join(f'{count} {ending}' for ending, count in sorted(endings.items()))} files; say "
-            f"which are the data set with source.kind={' or '.join(found)}"
+            f"{folder} holds {listed} files; say which are the data set with source.kind={' or '.join(found)}"
         )
     return found[0] if found else "folder"
 
@@ -132,11 +133,6 @@ def _state(path: str) -> tuple[int, str | None] | None:
     return found.num_bytes, None if version is None else f"{found.num_bytes} bytes, {version}"
 
 
-def _wildcards(data: str) -> str:
-    """A regular expression of the signs that stand for several names. In the URL of a web server `?` begins a query."""
-    return r"[*\[]" if data.startswith(("http://", "https://")) else r"[*?\[]"
-
-
 def _without_query(data: str) -> str:
     """A path as it is, the URL of a web server without what follows the name."""
     return re.sub(r"[?#].*$", "", data) if data.startswith(("http://", "https://")) else data
@@ -144,8 +140,7 @@ def _without_query(data: str) -> str:
 
 def _fixed_part(pattern: str) -> str:
     """The folder before the first sign that stands for several."""
-    match = re.search(rf"\{{|{_wildcards(pattern)}", pattern)
-    return re.sub(r"[^/]*$", "", _without_query(pattern[: match.start() if match else None]))
+    return re.sub(r"[^/]*$", "", re.split(r"[{*?\[]", _without_query(pattern))[0])
 
 
 def _expand(data: str) -> list[str]:
@@ -158,7 +153,9 @@ def _expand(data: str) -> list[str]:
         raise UserError(f"{data}: {error}; write {{00000..00010}}") from error
     paths: dict[str, None] = {}
     for pattern in patterns:
-        if not re.search(_wildcards(pattern), pattern) or (not remote.is_remote(pattern) and os.path.exists(pattern)):
+        if not re.search(r"[*?\[]", _without_query(pattern)) or (
+            not remote.is_remote(pattern) and os.path.exists(pattern)
+        ):
             paths[pattern] = None
         else:
             found = remote.glob(pattern) if remote.is_remote(pattern) else sorted(glob.glob(pattern, recursive=True))

@@ -31,8 +31,6 @@ from preprocess.sources.blobs import File
 from preprocess.sources.columns import Columns
 from shared.errors import UserError
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-
 Row = tuple[int, Mapping[str, Any]]
 """The number of its line, and its values by column."""
 
@@ -106,7 +104,9 @@ class Folder(Source, Part):
             raise UserError(f"{data / files[0]} names no images; give each image a line with 'file_name' and 'text'")
         if not records:
             endings = ", ".join(sorted(listing.IMAGE_ENDINGS))
-            raise UserError(f"no images in {data}; put some there ({endings}), in subfolders too, or a {METADATA[0]}")
+            raise UserError(
+                f"no images in {data}; put some there ({endings}), in subfolders too, or a {listing.METADATA[0]}"
+            )
         if files and not any(os.path.isfile(record.image.where) for record in records):
             raise UserError(
                 f"{data} holds none of the {len(records)} images that its {files[0]} names, as '{records[0].name}'; "
@@ -115,7 +115,7 @@ class Folder(Source, Part):
         if not any(record.captions for record in records):
             raise UserError(
                 f"none of the {len(records)} images in {data} has a caption; put NAME.txt beside each NAME.png, or "
-                f"write {METADATA[0]} with 'file_name' and 'text', or set missing_caption=empty"
+                f"write {listing.METADATA[0]} with 'file_name' and 'text', or set missing_caption=empty"
             )
 
 
@@ -124,7 +124,7 @@ class Folder(Source, Part):
 
 def _metadata_files(data: Path, named: str | None) -> list[str]:
     """The metadata files of a folder, relative to it: its own, else those of folders in it."""
-    wanted = METADATA if named is None else (named,)
+    wanted = listing.METADATA if named is None else (named,)
     found = [name for name in wanted if (data / name).is_file()]
     if not found:
         found = sorted(name for name in listing.walk(data) if posixpath.basename(name) in wanted)
@@ -240,9 +240,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                     )
                 yield reader.line_num, {name: value or None for name, value in row.items()}
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num} is not CSV ({error})") from error
+            raise UserError(f"{path}, line {reader.reader.line_num} is not CSV ({error})") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 (after line {reader.line_num}); save it as UTF-8") from error
+            raise UserError(f"{path} is not UTF-8 (after line {reader.reader.line_num}); save it as UTF-8") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -93,13 +93,16 @@ def _first_schema(folder: Path, names: Sequence[str]) -> pa.Schema:
     for name in names:
         try:
             return _open(pa.memory_map(str(folder / name)).read_buffer()).schema
-        except (OSError, pa.ArrowException) as error:
-            problem = problem or f"{name}: {error}".splitlines()[0]
+        except tables.DAMAGED as error:
+            problem = problem or f"{name}: {tables.line(error)}"
     raise UserError(f"none of the {len(names)} Arrow files of {folder} can be read ({problem})")
 
 
 def _open(content: pa.Buffer) -> Any:
-    return pa.ipc.open_stream(content)
+    """The stream of batches; its columns' names are sound."""
+    stream = pa.ipc.open_stream(content)
+    tables.check_names(stream.schema)
+    return stream
 
 
 class ArrowPart(TablePart):
@@ -110,11 +113,13 @@ class ArrowPart(TablePart):
         try:
             content = pa.memory_map(self.path).read_buffer()
             stream = _open(content)
-            if missing := [name for name in self._chosen if name not in stream.schema.names]:
-                yield Unread("", f"it has no column '{missing[0]}', but {', '.join(stream.schema.names)}")
+            if unfit := self.unfit(stream.schema):
+                yield Unread("", unfit)
                 return
             first = 0
-            for batch in stream:
+            for whole in stream:
+                batch = whole.select(list(dict.fromkeys(self._chosen)))
+                batch.validate(full=True)  # mapped memory is not to be trusted: a wrong offset would end the process
                 conditioning = self._chosen.conditioning
                 yield Slice(
                     first=first,
@@ -125,8 +130,8 @@ class ArrowPart(TablePart):
                 first += len(batch)
             if content.slice(max(0, content.size - len(_END))).to_pybytes() != _END:
                 yield Unread("", f"it has no end mark and may be cut off after row {first - 1}")
-        except (OSError, pa.ArrowException) as error:
-            yield Unread("", f"it is damaged or cut off ({str(error).splitlines()[0]})")
+        except tables.DAMAGED as error:
+            yield Unread("", f"it is damaged or cut off ({tables.line(error)})")
 
     def _blobs(self, batch: pa.RecordBatch, name: str, content: pa.Buffer) -> list[Blob | None]:
         column = tables.bytes_of(batch.schema, name)

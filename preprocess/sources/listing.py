@@ -12,6 +12,9 @@ from shared.errors import UserError
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 """What makes a file a sample where nothing names it, in lower case. What it really is, its content decides."""
 
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""What names a folder's images, unless the options name another file."""
+
 
 def walk(data: Path) -> Iterator[str]:
     """The names of all files below `data`, relative to it, without hidden ones; every folder once, links or not."""

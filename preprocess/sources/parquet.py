@@ -47,14 +47,12 @@ def _first_schema(data: str, found: Sequence[Container]) -> pa.Schema:
     problem = ""
     for container in found:
         try:
-            return cells.open_file(container.path).schema_arrow
-        except (OSError, pa.ArrowException) as error:
-            problem = problem or f"{container.path}: {_line(error)}"
+            schema = cells.open_file(container.path).schema_arrow
+            tables.check_names(schema)
+            return schema
+        except tables.DAMAGED as error:
+            problem = problem or f"{container.path}: {tables.line(error)}"
     raise UserError(f"none of the {len(found)} Parquet files of {data} can be read ({problem})")
-
-
-def _line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class ParquetPart(TablePart):
@@ -76,19 +74,20 @@ class ParquetPart(TablePart):
         cells.forget(self.path)
         try:
             file = cells.open_file(self.path)
-        except (OSError, pa.ArrowException) as error:
-            yield Unread("", f"it is no whole Parquet file ({_line(error)})")
+            tables.check_names(file.schema_arrow)
+        except tables.DAMAGED as error:
+            yield Unread("", f"it is no whole Parquet file ({tables.line(error)})")
             return
-        if missing := [name for name in self._chosen if name not in file.schema_arrow.names]:
-            yield Unread("", f"it has no column '{missing[0]}', but {', '.join(file.schema_arrow.names)}")
+        if unfit := self.unfit(file.schema_arrow):
+            yield Unread("", unfit)
             return
         first = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             try:
                 yield from self._group(file, group, first)
-            except (OSError, pa.ArrowException) as error:
-                yield Unread(f"row group {group}", f"row group {group} is damaged ({_line(error)})")
+            except tables.DAMAGED as error:
+                yield Unread(f"row group {group}", f"row group {group} is damaged ({tables.line(error)})")
             first += rows
 
     def _group(self, file: Any, group: int, first: int) -> Iterator[Slice]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import UserError
@@ -99,7 +100,8 @@ class RemoteFile(io.RawIOBase):
         if url not in _num_bytes and info(url) is None:
             raise UserError(f"{url} is not there; check the name, and run the same command again when it is")
         self._url, self._num_bytes, self._position = url, _num_bytes[url], 0
-        self._start, self._block = 0, b""
+        self._blocks: deque[tuple[int, bytes]] = deque(maxlen=2)
+        """Where each begins. Two, for whoever steps back a little."""
 
     def readable(self) -> bool:
         """Yes."""
@@ -124,15 +126,20 @@ class RemoteFile(io.RawIOBase):
         end = self._num_bytes if size is None or size < 0 else min(self._num_bytes, self._position + size)
         pieces = []
         while self._position < end:
-            inside = self._position - self._start
-            if not 0 <= inside < len(self._block):
-                self._start, inside = self._position, 0
-                stop = min(max(end, self._start + BLOCK_BYTES), self._num_bytes)
-                self._block = fetch(self._url, self._start, stop - self._start)
-            piece = self._block[inside : inside + end - self._position]
+            start, block = self._block(end)
+            piece = block[self._position - start : end - start]
             pieces.append(piece)
             self._position += len(piece)
         return b"".join(pieces)
+
+    def _block(self, end: int) -> tuple[int, bytes]:
+        """The block that holds the position, fetched up to `end` at least where none does."""
+        for start, block in self._blocks:
+            if start <= self._position < start + len(block):
+                return start, block
+        stop = min(max(end, self._position + BLOCK_BYTES), self._num_bytes)
+        self._blocks.append((self._position, fetch(self._url, self._position, stop - self._position)))
+        return self._blocks[-1]
 
     def readinto(self, buffer: Any) -> int:
         """`read` into a buffer; how many bytes it was."""

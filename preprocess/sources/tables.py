@@ -16,6 +16,9 @@ from preprocess.sources.blobs import Blob, File, Missing
 from preprocess.sources.columns import Columns
 from shared.errors import UserError
 
+DAMAGED = (OSError, pa.ArrowException, UnicodeDecodeError)
+"""What pyarrow raises where a file is not sound."""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -59,6 +62,15 @@ class TablePart(Part):
             else:
                 name, reason = f"{self.name} {piece.what}".rstrip(), f"{piece.reason}: rows are lost"
                 yield Record(name, Missing(self.path, reason), (), (), None, None, self._split, reason)
+
+    def unfit(self, schema: pa.Schema) -> str | None:
+        """Why a file with this schema cannot be read as the others are; None where it can."""
+        if missing := [name for name in self._chosen if name not in schema.names]:
+            return f"it has no column '{missing[0]}', but {', '.join(schema.names)}"
+        for name in (self._chosen.image, self._chosen.conditioning):
+            if name is not None and bytes_of(schema, name) is None:
+                return f"its column '{name}' is {schema.field(name).type}, not images' bytes"
+        return None
 
     def _records_of(self, piece: Slice) -> Iterator[Record]:
         chosen, batch = self._chosen, piece.batch
@@ -130,6 +142,17 @@ def bytes_of(schema: pa.Schema, name: str) -> str | None:
 
 def _is_bytes(kind: pa.DataType) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def check_names(schema: pa.Schema) -> None:
+    """Raises `UnicodeDecodeError` where a column's name is damaged, which pyarrow finds when it is asked for it."""
+    for field in schema:
+        assert isinstance(field.name, str)
+
+
+def line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def values(batch: pa.RecordBatch, column: str) -> pa.Array:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
+from preprocess.images import MAX_BYTES
 from preprocess.sources import columns, containers, remote
 from preprocess.sources.base import Part, Record, Source, SourceOptions, Split, captions_of, or_missing, splits_of
 from preprocess.sources.blobs import Blob, InHand, Missing, Range
@@ -100,18 +101,24 @@ class TarPart(Part):
     def records(self) -> Iterator[Record]:
         """Its samples, in order; where it breaks off, a last record with the tar's own name says so."""
         names: set[str] = set()
+        others: dict[str, None] = {}
         for group in self._groups():
             if isinstance(group, _Broken):
+                names.add(self.name)
                 yield self._error(self.name, group.reason)
                 continue
             record = self._record(group)
             if record is None:
+                others.update(dict.fromkeys(group.members))
                 continue
             if record.name in names:
                 offset = next(iter(group.members.values())).offset
                 record = self._error(f"{record.name} at byte {offset}", "its key comes twice in this tar")
             names.add(record.name)
             yield record
+        if others and not names:
+            listed = ", ".join(f".{ending}" for ending in list(others)[:8])
+            yield self._error(self.name, f"the tar holds no images; its members: {listed}")
 
     def _error(self, name: str, reason: str) -> Record:
         return Record(name, Missing(self._path, reason), (), (), None, None, self._split, reason)
@@ -156,7 +163,7 @@ class TarPart(Part):
         group.members[ending] = member
         if ending.rpartition(".")[2] in _ENDINGS or ending in columns.CONDITIONING:
             place = Range(self._path, member.offset, member.num_bytes)
-            if in_hand:
+            if in_hand and member.num_bytes <= MAX_BYTES:
                 file.seek(member.offset)
                 group.images[ending] = InHand(place, file.read(member.num_bytes))
             else:

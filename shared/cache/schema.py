@@ -251,6 +251,15 @@ def read_table(path: Path, stated: str | None = None) -> pa.Table:
         raise CacheError(f"{path} is damaged ({str(error).splitlines()[0]}); {MEND}") from error
     if not sound:
         raise CacheError(f"{path} was altered: its rows do not have their own checksum; {MEND}")
+    return table.replace_schema_metadata(metadata)
+
+
+def read_index(path: Path, stated: str | None = None) -> pa.Table:
+    """The index of a shard, as `read_table`. Raises `CacheError` also where a column has another type: a flipped bit
+    can make one of a column that holds nothing, and no row would differ."""
+    table = read_table(path, stated)
+    if not table.schema.equals(INDEX_TABLE, check_metadata=False):
+        raise CacheError(f"{path} was altered: its columns are not those of an index; {MEND}")
     return table
 
 

@@ -31,7 +31,7 @@ class Part:
 
     def finish(self) -> int | None:
         """It is whole: give it its name. The handle comes back, holding it; None where it has already been removed."""
-        os.utime(self.handle)
+        _touch(self.handle)
         os.rename(part_of(self.path), self.path)
         fcntl.flock(self.handle, fcntl.LOCK_SH)  # not at once: it may be removed between the one lock and the other
         if _is_at(self.handle, self.path):
@@ -85,7 +85,7 @@ def hold(path: Path, num_bytes: int) -> int | None:
         os.close(handle)  # removed while this waited for the lock
     if os.fstat(handle).st_size == num_bytes:
         with suppress(PermissionError):  # another user's: its age is that one's business
-            os.utime(handle)
+            _touch(handle)
         return handle
     os.close(handle)
     return None
@@ -160,6 +160,12 @@ class ShardCache:
 def part_of(path: Path) -> Path:
     """Where a file is until it is whole."""
     return path.with_name(path.name + PART)
+
+
+def _touch(handle: int) -> None:
+    """Note that the file is used now; by the clock, since the kernel's own stamps are some milliseconds apart."""
+    now = time.time_ns()
+    os.utime(handle, ns=(now, now))
 
 
 def _removed(path: str) -> bool:

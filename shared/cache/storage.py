@@ -16,7 +16,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,7 +29,7 @@ from shared.cache import schema, shard_cache
 from shared.cache.schema import CacheError
 from shared.cache.shard_cache import SHARDS, Part, ShardCache
 from shared.errors import UserError, disk_full
-from shared.remote import FIRST_PAUSE_SECONDS, MissingError, OtherSizeError, Remote
+from shared.remote import FIRST_PAUSE_SECONDS, Info, MissingError, OtherSizeError, Remote
 from shared.report import warn
 
 FOLDER_VARIABLE = "UNDERDRAWING_CACHE_DIR"
@@ -129,8 +129,12 @@ class Storage(ABC):
         """Raises `UserError`, one sentence, where files cannot be written."""
 
     def synchronize(self) -> None:  # noqa: B027
-        """Before writing: bring `root` to the state of the remote cache, its shards' tars and the training indexes left
-        out, and upload what an interrupted run of this machine had finished."""
+        """Before writing, while no other process of this machine writes: upload what an interrupted run of this machine
+        had finished, then `refresh`; what is no longer there goes here, too."""
+
+    def refresh(self) -> None:  # noqa: B027
+        """Learn what other machines have finished: the tables, indexes of shards and JSON files of the remote cache are
+        in `root` afterwards. Not those of `index/`, which publishing makes anew."""
 
     def finished(self, name: str) -> None:  # noqa: B027
         """A file is whole in `root`: upload it, after all that were named before. A shard's tar comes before its index,
@@ -236,9 +240,9 @@ class RemoteStorage(Storage):
 
     def size(self, name: str) -> int | None:
         self.flush()
-        if self._sizes is not None:
-            return self._sizes.get(name)
-        info = self._remote.info(name)
+        if self._sizes is not None and name in self._sizes:
+            return self._sizes[name]
+        info = self._remote.info(name)  # another process may have made it since the listing
         return None if info is None else info.num_bytes
 
     def listing(self, prefix: str = "") -> dict[str, int]:
@@ -487,21 +491,25 @@ class RemoteStorage(Storage):
             elif (self.root / index).is_file():
                 self.finished(name)
                 self.finished(index)
+        self.refresh()
+        for name, _ in _files(self.root):
+            if name.endswith(_LISTS) and name not in (self._sizes or {}):
+                (self.root / name).unlink()  # of a cache that was there once
+
+    def refresh(self) -> None:
         self.flush()
         there = self._remote.listing()
         self._sizes = {name: info.num_bytes for name, info in there.items()}
-        for name, _ in _files(self.root):
-            if not name.endswith(TAR) and name not in there:
-                (self.root / name).unlink()  # of a cache that was there once
         wanted = queue.SimpleQueue[str]()
         for name, info in there.items():
-            if not name.endswith(TAR) and PurePosixPath(name).parts[0] not in _NOT_MIRRORED:
+            if name.endswith(_LISTS) and PurePosixPath(name).parts[0] not in _NOT_MIRRORED:
                 path = self.root / name
                 if not path.is_file() or info.changed is None or not _is_that(path, info.num_bytes, info.changed):
                     wanted.put(name)
-        self._mirror(wanted, {name: info.changed for name, info in there.items()})
+        self._mirror(wanted, there)
 
-    def _mirror(self, wanted: queue.SimpleQueue[str], changed: dict[str, float | None]) -> None:
+    def _mirror(self, wanted: queue.SimpleQueue[str], there: Mapping[str, Info]) -> None:
+        """Fetch these lists, several at a time."""
         failed: list[BaseException] = []
 
         def work() -> None:
@@ -514,7 +522,9 @@ class RemoteStorage(Storage):
                     path = self.root / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     atomic.write_bytes(path, self._remote.read(name))
-                    _set_changed(path, changed[name])
+                    _set_changed(path, there[name].changed)
+                except MissingError:
+                    continue  # removed since it was listed
                 except BaseException as error:
                     failed.append(error)
 
@@ -586,6 +596,8 @@ class RemoteStorage(Storage):
                 self._held.clear()
 
 
+_LISTS = (".parquet", ".json")
+"""Endings of the lists; what else is in the mirror is this machine's own."""
 _NOT_MIRRORED = ("index",)
 """Folders of what publishing makes anew: large, and not needed for it."""
 

@@ -7,12 +7,15 @@ refers to) are told apart from damage.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from shared.cache import index, schema
 from shared.cache.reader import Cache, CacheError, LayerSummary
+from shared.cache.storage import Listed, RemoteOptions, is_remote
 from shared.errors import UserError, run_command_line
 from shared.report import progress
 
@@ -34,11 +37,16 @@ class Verdict:
         return not self.problems
 
 
-def verify(path: Path) -> Verdict:
-    """Compare every byte of the cache at `path` with its checksums. Raises `CacheError` where there is no cache.
+def verify(where: Path | str) -> Verdict:
+    """Compare every byte of the cache in a folder or at a URL with its checksums. Raises `CacheError` where there is no
+    cache.
 
     Where a list is damaged, nothing vouches for what only it lists: that is checked once the list is mended.
     """
+    if is_remote(where):
+        with tempfile.TemporaryDirectory() as folder:  # what was fetched before is not what the server has now
+            return _verify_remote(Cache(str(where), RemoteOptions(folder=folder, shard_cache_bytes=_AT_A_TIME)))
+    path = Path(where)
     if not path.is_dir():
         raise CacheError(f"no such cache: {path}")
     verdict = Verdict()
@@ -87,6 +95,37 @@ def verify(path: Path) -> Verdict:
     return verdict
 
 
+_AT_A_TIME = 4_000_000_000
+"""Bytes of a remote cache's shards that are on this machine's disk at a time."""
+
+
+def _verify_remote(cache: Cache) -> Verdict:
+    """Fetch every file; what does not arrive as the lists state it is a problem."""
+    verdict = Verdict()
+
+    def attempt(check: Callable[[], object]) -> None:
+        try:
+            check()
+        except CacheError as error:
+            verdict.problems.append(str(error))
+
+    for check in (lambda: cache.samples, lambda: cache.captions):
+        attempt(check)
+    for name in cache.layer_names:
+        attempt(partial(cache.layer, name))
+        try:
+            summary = cache.summary(name)
+        except CacheError:
+            continue
+        for shard in progress(summary.shards, title=f"verify {name}", unit="shard"):
+            stem = f"{summary.folder}/{shard.name}"
+            index_file, tar = f"{stem}.parquet", Listed(f"{stem}.tar", shard.tar_bytes, shard.tar_checksum)
+            attempt(partial(cache.storage.fetch, index_file, checksum=shard.index_checksum))
+            attempt(partial(cache.storage.fetch, tar.name, num_bytes=tar.num_bytes, checksum=tar.checksum))
+            verdict.num_bytes += shard.tar_bytes
+    return verdict
+
+
 def _shard_problem(folder: Path, summary: LayerSummary, shard: schema.Shard) -> str | None:
     """What is wrong with a shard; None where every byte of its tar and index is as it was written."""
     tar = folder / f"{shard.name}.tar"
@@ -126,19 +165,16 @@ def main() -> int:
     """The command line: exit code 0 for a sound cache, 1 for a damaged one."""
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         raise UserError("python -m shared.cache.verify CACHE: checks every byte of a cache; takes one folder")
-    path = Path(sys.argv[1])
+    path = sys.argv[1]
     verdict = verify(path)
     for problem in verdict.problems:
         print(f"DAMAGED  {problem}")
     for name in verdict.unlisted:
-        print(f"unlisted {path / name} (harmless: nothing refers to it)")
+        print(f"unlisted {path}/{name} (harmless: nothing refers to it)")
     if verdict.sound:
         print(f"sound: {path}, {verdict.num_bytes / 1e6:,.1f} MB compared")
         return 0
-    print(
-        f"{len(verdict.problems)} problem(s). To mend: remove each .tar that is named above and run the same "
-        "`make preprocess` again; only what is damaged is made again."
-    )
+    print(f"{len(verdict.problems)} problem(s). To mend, which encodes only what is damaged: make repair CACHE={path}")
     return 1
 
 

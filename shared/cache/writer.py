@@ -49,20 +49,22 @@ class ShardWriter:
     disk raises `UserError`.
     """
 
-    def __init__(self, folder: Path, number: int, storage: Storage | None = None) -> None:
+    def __init__(self, folder: Path, number: int, storage: Storage | None = None, *, again: bool = False) -> None:
         """`folder` is the layer's in the root of `storage`, which uploads what is finished where the cache is
-        elsewhere; without one the folder is the place."""
-        self.folder, self.name = folder, schema.shard_name(number)
+        elsewhere; without one the folder is the place. `again`: in the place of a shard that is there, which stays
+        until the new one is whole; only `repair` does so, where rows of it are damaged."""
+        self.folder, self.name, self.again = folder, schema.shard_name(number), again
         self._storage = storage or LocalStorage(folder.parent)
         self._rows: list[dict[str, Any]] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic.make_directory(self.folder)
         index = self.folder / f"{self.name}.parquet"
-        assert _finished(index, self._storage) is None, f"{index} is finished, and a finished shard is never changed"
-        # The index of a tar that is lost or cut off: beside the new tar it could pass for that one's.
-        index.unlink(missing_ok=True)
+        if not self.again:
+            finished = _finished(index, self._storage)
+            assert finished is None, f"{index} is finished, and a finished shard is never changed"
+            index.unlink(missing_ok=True)  # of a tar that is lost or cut off
         self._file = _Summed(self._stack.enter_context(atomic.writing(self.folder / f"{self.name}.tar")))
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         return self
@@ -112,17 +114,25 @@ class ShardWriter:
         if kind is not None:
             self._stack.__exit__(kind, error, trace)
             return
+        index = self.folder / f"{self.name}.parquet"
         with self._stack:
             self._tar.close()
+            index.unlink(missing_ok=True)  # beside the new tar the old index could pass for that one's
         table = pa.Table.from_pylist(self._rows, schema=schema.INDEX_TABLE).replace_schema_metadata(
             {_TAR_BYTES: str(self._file.count), _TAR_CHECKSUM: self._file.sum.hexdigest()}
         )
-        schema.write_table(self.folder / f"{self.name}.parquet", table)
+        schema.write_table(index, table)
         for ending in ("tar", "parquet"):
             self._storage.finished(f"{self.folder.name}/{self.name}.{ending}")
 
 
 _TAR_BYTES, _TAR_CHECKSUM = "tar_bytes", "tar_checksum"
+
+
+def stated_tar(index: pa.Table) -> tuple[int, str]:
+    """What a shard's index says of its tar: bytes and checksum."""
+    stated = {key.decode(): value.decode() for key, value in index.schema.metadata.items()}
+    return int(stated[_TAR_BYTES]), stated[_TAR_CHECKSUM]
 
 
 def finished_shards(folder: Path, storage: Storage | None = None) -> Iterator[tuple[Shard, pa.Table]]:
@@ -139,18 +149,18 @@ def finished_shards(folder: Path, storage: Storage | None = None) -> Iterator[tu
 
 def _finished(index: Path, storage: Storage) -> tuple[Shard, pa.Table] | None:
     try:
-        table = schema.read_table(index)
+        table = schema.read_index(index)
     except schema.CacheError:
         return None  # a lost or damaged index makes an unfinished shard: its samples are encoded again
-    stated = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-    if storage.size(f"{index.parent.name}/{index.stem}.tar") != int(stated[_TAR_BYTES]):
+    tar_bytes, tar_checksum = stated_tar(table)
+    if storage.size(f"{index.parent.name}/{index.stem}.tar") != tar_bytes:
         return None
     shard = Shard(
         name=index.stem,
         rows=len(set(table["key"].to_pylist())),
         errors=table["status"].to_pylist().count("error"),
-        tar_bytes=int(stated[_TAR_BYTES]),
-        tar_checksum=stated[_TAR_CHECKSUM],
+        tar_bytes=tar_bytes,
+        tar_checksum=tar_checksum,
         index_checksum=schema.file_checksum(index),
     )
     return shard, table
@@ -261,7 +271,7 @@ def publish(
     the new cache. `captions` begin with the empty one. `layers` maps names to what `publish_layer` gave; `options` are
     what makes this cache again; `facts` go into the manifest as they are."""
     storage = storage or LocalStorage(cache)
-    (cache / index.FOLDER).mkdir(exist_ok=True)
+    atomic.make_directory(cache / index.FOLDER)
     if options is not None:
         atomic.write_json(cache / schema.OPTIONS, schema.seal(options))
         storage.finished(schema.OPTIONS)

@@ -68,7 +68,7 @@ def produced(producer: Producer, read: Callable[[str], Any], batch_size: int, ke
     made = []
     for batch in encode.batched([Given(key, read) for key in keys], batch_size):
         loaded = [encode.load(LocalStorage(Path()), item) for item in batch]
-        made += [finish() for finish in producer.batch(batch, loaded)]
+        made += [finish() for finish in producer.batch(batch, loaded, batch_size)]
     return made
 
 
@@ -80,6 +80,16 @@ def test_each_key_gets_its_own_values_in_order(batch_size: int) -> None:
     rows = produced(encode.images_producer(mean_of), pixels_of, batch_size)
     assert [row.key for row in rows] == KEYS
     assert values(rows) == {key: pytest.approx(float(pixels_of(key).mean())) for key in KEYS}
+
+
+@pytest.mark.parametrize("keys", [KEYS[:1], KEYS[3:5], KEYS])
+def test_a_row_does_not_depend_on_how_many_others_are_made_with_it(keys: Sequence[str]) -> None:
+    def rounded_by_shape(batch: NDArray[np.uint8]) -> Tensors:
+        return {name: tensor * (1 + len(batch) / 1024) for name, tensor in mean_of(batch).items()}
+
+    producer = encode.images_producer(rounded_by_shape)
+    whole = {row.key: row for row in produced(producer, pixels_of, 3)}
+    assert produced(producer, pixels_of, 3, keys) == [whole[key] for key in keys]
 
 
 def test_a_value_that_is_not_finite_makes_its_row_an_error_and_no_other() -> None:
@@ -118,7 +128,7 @@ def test_an_image_that_cannot_be_had_is_an_error_and_its_batch_goes_on() -> None
         return mean_of(batch)
 
     rows = produced(encode.images_producer(encoder), read, 3)
-    assert shapes == [2, 2, 2]  # the third batch has nobody
+    assert shapes == [3, 3, 3]  # filled up, and the third batch has nobody
     assert {row.key for row in rows} == set(KEYS)
     assert {row.key: row.error for row in rows if row.error} == {
         key: f"no {key}" for key in ("key0", "key4", "key6", "key7", "key8")

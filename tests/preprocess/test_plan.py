@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -178,6 +179,13 @@ def test_no_sound_image_at_all_is_refused_with_the_reasons(tmp_path: Path) -> No
         planned(tmp_path)
 
 
+def test_no_image_at_all_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    with pytest.raises(UserError, match="there is not one image in"):
+        planned(tmp_path)
+
+
 def test_an_image_whose_bytes_are_known_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(5):
         picture(tmp_path / f"{i}.png", value=i)
@@ -238,12 +246,41 @@ def test_a_moved_folder_gives_the_same_plan(tmp_path: Path) -> None:
 def test_a_missing_or_unreadable_conditioning_image_is_no_matter_of_the_plan(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
+    picture(tmp_path / "c.png")
     (tmp_path / "drawing").write_bytes(b"no image")
-    lines = [{"file_name": "a.png", "text": "a", "conditioning_image": "drawing"}, {"file_name": "b.png", "text": "b"}]
+    lines = [
+        {"file_name": "a.png", "text": "a", "conditioning_image": "drawing"},
+        {"file_name": "b.png", "text": "b"},
+        {"file_name": "c.png", "text": "c", "conditioning_image": "gone"},
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    a, b = planned(tmp_path, condition=("precomputed",)).samples
-    assert (a.status, b.status) == ("ok", "ok")
+    a, b, c = planned(tmp_path, condition=("precomputed",)).samples
+    assert (a.status, b.status, c.status) == ("ok", "ok", "ok")
+    assert (c.conditioning_source, c.conditioning_sha256) == ("gone", None)
     assert a.conditioning_source == "drawing"
     assert a.conditioning_sha256 is not None
     assert (b.conditioning_source, b.conditioning_sha256) == (None, None)
     assert a.input("conditioning_image") != a.input("image")
+
+
+def test_weights_of_captions_are_those_of_the_source(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    text = [{"text": "often", "weight": 3}, "once"]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+    (sample,) = planned(tmp_path).samples
+    assert sample.captions == (Caption.of("often").id, Caption.of("once").id)
+    assert sample.caption_weights == (3.0, 1.0)
+
+
+def test_captions_come_in_the_order_in_which_units_of_samples_meet_them(tmp_path: Path) -> None:
+    for i in range(20):
+        picture(tmp_path / f"{i:02d}.png", 40 if i % 2 else 80, 40)
+    made = planned(tmp_path)
+    met = [caption for sample in sorted(made.sound, key=plan.unit_order) for caption in sample.captions]
+    assert [caption.id for caption in made.captions] == [Caption.of("").id, *met]
+    assert len({sample.bucket_width for sample in made.sound}) == 2
+
+
+def test_keys_sort_as_names_of_one_folder_do() -> None:
+    names = [f"a very long folder with a very long name/{i // 10:05d}.tar/{i:06d}.jpg" for i in range(50)]
+    assert sorted(names, key=lambda name: key_of(name, 0)) == names

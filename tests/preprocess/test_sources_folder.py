@@ -8,6 +8,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from preprocess.sources import File, Record, SourceOptions, open_source, read
@@ -242,3 +244,134 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     assert "is not UTF-8; rename the file" in refusal(tmp_path)
+
+
+# --- the hub's imagefolder layout, and other metadata ---
+
+
+def test_metadata_may_be_csv(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png", "drawings/a.png")
+    (tmp_path / "metadata.csv").write_text(
+        "\ufefffile_name,text,conditioning_image\n"
+        'a.png,"a fox, ""asleep""\non two lines",drawings/a.png\n'
+        "b.png, a hen ,\n",
+        encoding="utf-8",
+    )
+    found = records(tmp_path)
+    assert found["a.png"].captions == ('a fox, "asleep"\non two lines',)
+    assert found["a.png"].conditioning_name == "drawings/a.png"
+    assert (found["b.png"].captions, found["b.png"].conditioning) == (("a hen",), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file_name,text\na.png,a,b\n", "line 2 has not as many values"),
+        ("file_name,text\na.png\n", "line 2 has not as many values"),
+        ('file_name,text\na.png,"a\n', "line 2 is not CSV"),
+        ("file_name,text\n,a\n", "line 2 has no 'file_name'"),
+        ("file_name,text\n../a.png,a\n", "outside the folder"),
+        ("path,text\n", "names no images"),
+    ],
+)
+def test_malformed_csv_is_refused_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    assert words in refusal(tmp_path)
+
+
+def test_csv_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\n")
+    assert "metadata.csv is not UTF-8" in refusal(tmp_path)
+
+
+def test_metadata_may_be_parquet(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    texts = [["one", "two"], ["three"]]
+    pq.write_table(pa.table({"file_name": ["a.png", "b.png"], "text": texts}), tmp_path / "metadata.parquet")
+    assert {name: r.captions for name, r in records(tmp_path).items()} == {"a.png": ("one", "two"), "b.png": ("three",)}
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    assert "metadata.parquet is no sound Parquet file" in refusal(tmp_path)
+
+
+def test_split_folders_have_their_own_metadata_and_say_what_is_held_out(tmp_path: Path) -> None:
+    for split in ("train", "test", "validation"):
+        touch(tmp_path / split, "images/a.png", "drawings/a.png")
+        (tmp_path / split / "metadata.csv").write_text(
+            "image,caption,conditioning_image\nimages/a.png,a fox,drawings/a.png\n"
+        )
+    found = records(tmp_path)
+    assert {name: (r.split, r.conditioning_name) for name, r in found.items()} == {
+        "train/images/a.png": ("train", "train/drawings/a.png"),
+        "test/images/a.png": ("validation", "test/drawings/a.png"),
+        "validation/images/a.png": ("validation", "validation/drawings/a.png"),
+    }
+    assert [record.split for record in records(tmp_path / "train").values()] == [None]
+
+
+def test_split_folders_of_images_with_text_files_say_what_is_held_out(tmp_path: Path) -> None:
+    for name in ("train/a", "val/a"):
+        touch(tmp_path, f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a")
+    assert {name: record.split for name, record in records(tmp_path).items()} == {
+        "train/a.png": "train", "val/a.png": "validation",
+    }  # fmt: skip
+
+
+def test_fill50k_is_read_as_it_comes(tmp_path: Path) -> None:
+    touch(tmp_path, "source/0.png", "target/0.png")
+    line = {"source": "source/0.png", "target": "target/0.png", "prompt": "pale golden rod circle"}
+    (tmp_path / "prompt.json").write_text(json.dumps(line) + "\n")
+    found = records(tmp_path, SourceOptions(metadata="prompt.json"))
+    assert list(found) == ["target/0.png"]
+    record = found["target/0.png"]
+    assert (record.captions, record.conditioning_name) == (("pale golden rod circle",), "source/0.png")
+
+
+def test_columns_of_metadata_can_be_chosen_and_are_listed(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    write_metadata(tmp_path, {"id": 7, "left": "a.png", "right": "b.png", "words": "a", "text": "short"})
+    assert (
+        "has no 'file_name', which names the images; or say which column does: source.image_column; "
+        "its columns: id, left, right, words, text" in refusal(tmp_path)
+    )
+    options = SourceOptions(image_column="left", conditioning_column="right", caption_column="words")
+    (record,) = records(tmp_path, options).values()
+    assert (record.name, record.conditioning_name, record.captions) == ("a.png", "b.png", ("a",))
+    with pytest.raises(UserError, match=r"has no column 'up' \(source\.image_column\); its columns: id, left"):
+        open_source(tmp_path, SourceOptions(image_column="up"))
+
+
+def test_two_metadata_files_in_one_folder_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    write_metadata(tmp_path, {"file_name": "a.png", "text": "of the jsonl"})
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,of the csv\n")
+    assert "has metadata.jsonl and metadata.csv; keep one" in refusal(tmp_path)
+    assert records(tmp_path, SourceOptions(metadata="metadata.csv"))["a.png"].captions == ("of the csv",)
+    with pytest.raises(UserError, match=r"has no other\.csv \(source\.metadata\)"):
+        open_source(tmp_path, SourceOptions(metadata="other.csv"))
+
+
+def test_an_image_that_two_metadata_files_name_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "a/metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}')
+    (tmp_path / "b/metadata.jsonl").write_text('{"file_name": "../a/1.png", "text": "again"}')
+    assert "'a/1.png' is already on line 1 of a/metadata.jsonl" in refusal(tmp_path)
+
+
+# --- captions with weights ---
+
+
+def test_captions_may_have_weights(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    text = [{"text": " often ", "weight": 3}, {"text": "once"}, "also once", {"text": "once", "weight": 0.5}, " "]
+    write_metadata(tmp_path, {"file_name": "a.png", "text": text})
+    record = records(tmp_path)["a.png"]
+    assert (record.captions, record.weights) == (("often", "once", "also once"), (3.0, 1.5, 1.0))
+
+
+@pytest.mark.parametrize("weight", [0, -1, "1", True, None, float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_above_0_is_refused(tmp_path: Path, weight: Any) -> None:
+    touch(tmp_path, "a.png")
+    write_metadata(tmp_path, {"file_name": "a.png", "text": [{"text": "a", "weight": weight}]})
+    assert "line 1: 'text': a caption's weight must be a number above 0, but is" in refusal(tmp_path)

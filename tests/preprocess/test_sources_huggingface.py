@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,7 @@ def test_columns_can_be_chosen_and_are_listed(tmp_path: Path) -> None:
 
 
 def test_slices_of_a_batch_are_read_from_their_own_places(tmp_path: Path) -> None:
-    # The library writes batches of a thousand rows: more than one of them.
+    # The library writes batches of a hundred rows: many of them.
     made = [Picture(i.to_bytes(4, "big") * 3, [f"number {i}"]) for i in range(2500)]
     found = records(as_saved(tmp_path / "data", made, num_files=1))
     assert [record.image.read() for record in found.values()] == [picture.image for picture in made]
@@ -151,7 +153,23 @@ def test_of_a_file_that_is_cut_off_all_before_is_used_and_the_rest_is_named(tmp_
         assert list(reasons(found)) == ["data-00000-of-00001.arrow"]
         assert all(found[name].image.read() == whole[name].image.read() for name in sound[::100])
         num_sound.add(len(sound))
-    assert num_sound == {0, 1000, 1500}
+    assert {0, 1500} < num_sound
+
+
+def test_flipped_bits_anywhere_in_a_file_are_reasons_or_other_bytes_and_never_end_the_process(tmp_path: Path) -> None:
+    folder = as_saved(tmp_path / "data", pictures(20, drawings=True), num_files=1)
+    path = folder / "data-00000-of-00001.arrow"
+    content = path.read_bytes()
+    flips = random.Random(0)
+    for _ in range(150):
+        altered = bytearray(content)
+        altered[flips.randrange(len(content))] ^= 1 << flips.randrange(8)
+        path.write_bytes(altered)
+        with suppress(UserError):
+            for record in records(folder).values():
+                if record.error is None:
+                    with suppress(OSError):
+                        record.image.read()
 
 
 def test_a_missing_file_is_named_and_the_others_are_read(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +269,19 @@ def test_a_file_with_other_columns_is_named(tmp_path: Path) -> None:
 def test_data_of_which_no_file_can_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     assert "none of the 1 Parquet files of" in refusal(tmp_path / "a.parquet")
+
+
+def test_flipped_bits_anywhere_in_a_file_are_reasons_or_other_bytes_and_never_end_the_process(tmp_path: Path) -> None:
+    as_parquet(tmp_path / "data", pictures(20, drawings=True), num_files=1)
+    (path,) = (tmp_path / "data").iterdir()
+    content = path.read_bytes()
+    flips = random.Random(0)
+    for _ in range(300):
+        altered = bytearray(content)
+        altered[flips.randrange(len(content))] ^= 1 << flips.randrange(8)
+        path.write_bytes(altered)
+        with suppress(UserError):
+            for record in records(path).values():
+                if record.error is None:
+                    with suppress(OSError):
+                        record.image.at_rest().read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import webdataset
 
+from preprocess.images import MAX_BYTES, ImageError
 from preprocess.sources import Record, SourceOptions, open_source, read
 from shared.errors import UserError
 from tests.preprocess.data_sets import Picture, as_tars, members, pictures, png, records, write_tar
@@ -321,7 +323,42 @@ def test_what_is_no_tar_is_named_and_the_others_are_read(tmp_path: Path) -> None
     assert said["00002.tar"] == "the tar is empty: what follows is lost"
 
 
+def test_a_tar_without_images_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0.npy", b"x"), ("0.cls", b"7"), ("1.npy", b"x"), ("1.cls", b"8")])
+    write_tar(tmp_path / "1.tar", members(pictures(1)))
+    assert errors(tmp_path) == {"0.tar": "the tar holds no images; its members: .npy, .cls"}
+    assert len(sound(tmp_path)) == 1
+
+
 def test_a_tar_that_is_gone_when_it_is_read_is_named(tmp_path: Path) -> None:
     source = open_source(as_tars(tmp_path, pictures(2), num_tars=2), SourceOptions())
     (tmp_path / "00000.tar").unlink()
     assert [record.error for record in source] == ["it cannot be read (No such file or directory)", None]
+
+
+def test_flipped_bits_anywhere_in_a_tar_are_reasons_or_other_bytes(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", members(pictures(6, drawings=True)))
+    content = path.read_bytes()
+    flips = random.Random(0)
+    for _ in range(300):
+        altered = bytearray(content)
+        altered[flips.randrange(len(content))] ^= 1 << flips.randrange(8)
+        path.write_bytes(altered)
+        for record in sound(path).values():
+            record.image.read()
+
+
+def test_a_member_that_is_too_large_to_be_an_image_is_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with open(path, "wb") as file:  # a hole in it: it takes no space
+        info = tarfile.TarInfo("0.png")
+        info.size = MAX_BYTES + 1
+        file.write(info.tobuf())
+        file.seek(-(-info.size // 512) * 512, io.SEEK_CUR)
+        text = tarfile.TarInfo("0.txt")
+        text.size = 1
+        file.write(text.tobuf() + b"a".ljust(512, b"\0") + bytes(1024))
+    record = one(path)
+    assert record.captions == ("a",)
+    with pytest.raises(ImageError, match="bytes is larger than any image within the limit"):
+        record.image.read()

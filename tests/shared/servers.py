@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pytest
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
@@ -89,6 +90,26 @@ def nginx(folder: Path, *directives: str, upstream: str | None = None) -> Iterat
         yield server
     finally:
         server.kill()
+
+
+BUCKET = "bucket"
+
+
+def use_s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3:// is at this server from now on, for this process and those that it starts; with a bucket."""
+    environment = {
+        "AWS_ACCESS_KEY_ID": "anyone",
+        "AWS_SECRET_ACCESS_KEY": "anything",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "FSSPEC_S3_ENDPOINT_URL": endpoint,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})  # it has read the environment already
+    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    if not files.exists(BUCKET):
+        files.mkdir(BUCKET)
 
 
 @contextmanager

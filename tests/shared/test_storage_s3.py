@@ -20,15 +20,7 @@ from shared.cache import schema
 from shared.cache.schema import CacheError
 from shared.cache.storage import Listed, RemoteOptions, RemoteStorage, open_storage
 from shared.errors import UserError
-from tests.shared.servers import needs_nginx, nginx, s3_server
-
-BUCKET = "bucket"
-ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "anyone",
-    "AWS_SECRET_ACCESS_KEY": "anything",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
+from tests.shared.servers import BUCKET, needs_nginx, nginx, s3_server, use_s3
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +32,8 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """The URL of an empty cache that no other test has."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    use(server, monkeypatch)
-    files = fsspec.filesystem("s3", endpoint_url=server, skip_instance_cache=True)
-    if not files.exists(BUCKET):
-        files.mkdir(BUCKET)
-    return f"s3://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}"
-
-
-def use(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What FSSPEC_S3_ENDPOINT_URL does for a process that has it when it starts."""
-    monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", endpoint)
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
+    use_s3(server, monkeypatch)
+    return f"s3://{BUCKET}/{request.node.name}"
 
 
 def opened(url: str, local: Path, **options: Any) -> RemoteStorage:
@@ -187,6 +168,21 @@ def test_another_machine_takes_up_where_this_one_stopped(bucket: str, tmp_path: 
     assert not (here.root / "b" / "00000.parquet").exists()
 
 
+def test_what_another_machine_finishes_meanwhile_is_seen_after_a_refresh(bucket: str, tmp_path: Path) -> None:
+    here, there = opened(bucket, tmp_path / "here"), opened(bucket, tmp_path / "there")
+    here.synchronize()
+    waiting, _ = write_shard(here, "b/00000")  # not finished yet: nobody else's business
+    tar, index = write_shard(there, "a/00000")
+    for file in (tar, index):
+        there.finished(file.name)
+    there.flush()
+    assert here.size(tar.name) == 1000
+    here.refresh()
+    assert sorted(here.listing()) == [index.name, tar.name]
+    assert schema.file_checksum(here.root / index.name) == index.checksum
+    assert (here.root / waiting.name).is_file()
+
+
 def test_a_shard_that_another_machine_has_finished_is_not_uploaded_over(bucket: str, tmp_path: Path) -> None:
     here, there = opened(bucket, tmp_path / "here"), opened(bucket, tmp_path / "there")
     write_shard(here, "a/00000", 500)  # finished here, and then the run was killed
@@ -205,7 +201,7 @@ def test_a_server_that_is_away_while_files_go_up_is_waited_for(
     bucket: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with nginx(tmp_path / "nginx", upstream=server) as between:
-        use(between.url, monkeypatch)
+        use_s3(between.url, monkeypatch)
         storage = opened(bucket, tmp_path / "here")
         storage.synchronize()
         shards = [write_shard(storage, f"a/{i:05d}", 100_000) for i in range(3)]
@@ -252,14 +248,12 @@ def test_missing_credentials_are_refused_at_once(
 
 
 def test_credentials_that_the_server_refuses_are_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
     with s3_server({"INITIAL_NO_AUTH_ACTION_COUNT": "0"}) as strict:
-        use(strict, monkeypatch)
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": strict})
         with pytest.raises(UserError, match=r"no permission .*; set AWS_ACCESS_KEY_ID"):
-            opened(f"s3://{BUCKET}/cache", tmp_path / "here").fetch("cache.json")
+            opened(bucket, tmp_path / "here").fetch("cache.json")
     assert "not reachable" not in capsys.readouterr().err
 
 

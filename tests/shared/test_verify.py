@@ -10,9 +10,10 @@ import pytest
 
 from shared.cache import schema, verify, writer
 from shared.cache.reader import Cache, CacheError
+from shared.cache.repair import mend
 from shared.errors import UserError
 from tests.shared import small_cache
-from tests.shared.small_cache import files, flip, flipped_everywhere, folder_of, make
+from tests.shared.small_cache import content, files, flip, flipped_everywhere, folder_of, make
 
 
 def problems(cache: Path) -> list[str]:
@@ -130,10 +131,10 @@ def test_verify_changes_nothing(tmp_path: Path) -> None:
 def test_what_the_command_line_says_mends_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = files(make(tmp_path))
+    whole = content(make(tmp_path))
     monkeypatch.setattr("sys.argv", ["verify", str(tmp_path)])
     assert verify.main() == 0
-    assert capsys.readouterr().out == f"sound: {tmp_path}, {sum(map(len, whole.values())) / 1e6:.1f} MB compared\n"
+    assert capsys.readouterr().out == f"sound: {tmp_path}, {sum(map(len, files(tmp_path).values())) / 1e6:.1f} MB compared\n"
     (tmp_path / "notes.txt").write_text("mine")
     assert verify.main() == 0
     assert f"unlisted {tmp_path / 'notes.txt'} (harmless" in capsys.readouterr().out
@@ -145,9 +146,9 @@ def test_what_the_command_line_says_mends_the_cache(
     assert verify.main() == 1
     out = capsys.readouterr().out
     assert out.count("DAMAGED") == 3
-    assert "3 problem(s). To mend: remove each .tar that is named above and run the same `make preprocess` again" in out
-    tar.unlink()
-    assert files(make(tmp_path)) == whole
+    assert f"3 problem(s). To mend, which encodes only what is damaged: make repair CACHE={tmp_path}" in out
+    mend(tmp_path)
+    assert content(make(tmp_path)) == whole
     assert verify.main() == 0
 
 

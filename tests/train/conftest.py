@@ -21,9 +21,10 @@ from shared.cache.reader import Cache
 from shared.families.base import Family
 from shared.model_folder import resolve
 from train.config import TrainConfig
-from train.loader import CachedSamples, Loader, LoaderOptions
+from train.loader import Loader, LoaderOptions
 from train.optimizer import OptimizerOptions
 from train.run import Run
+from train.samples import CachedSamples
 from train.trainer import Trainer
 from train.validation import ValidationOptions
 
@@ -36,7 +37,7 @@ PRELOADED = (
     "diffusers.schedulers.scheduling_flow_match_euler_discrete",
     "optimum.quanto",
 )
-TIMES = ("data_wait_seconds", "step_seconds")
+TIMES = ("data_wait_seconds", "data_wait_share", "step_seconds")
 
 
 def train_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:

@@ -44,10 +44,7 @@ def randomize(controlnet: torch.nn.Module) -> None:
 
 def batch_of(cache: Path, indices: tuple[int, ...] = (0, 1)) -> Batch:
     samples = samples_of(cache)
-    size = samples.samples[0].bucket_height
-    same = [i for i, sample in enumerate(samples.samples) if sample.bucket_height == size]
-    chosen = [same[i] for i in indices]
-    batch = samples.batch(chosen, [samples.samples[i].captions[0] for i in chosen], [0] * len(chosen))
+    batch = samples.batch([samples.size_of(0).start + i for i in indices])
     batch.step_samples = len(batch)
     return batch
 

@@ -153,7 +153,7 @@ def test_another_experiment_is_refused_by_one_process_in_one_sentence_and_the_ot
 def test_a_loss_that_is_not_finite_on_one_process_stops_both_and_both_name_the_sample(
     processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
 ) -> None:
-    poisoned = samples_of(tiny_cache).samples[4].key
+    poisoned = samples_of(tiny_cache).key(4)
     both = started(processes, train_options(tiny_cache, tmp_path, steps=50), tmp_path / "ranks", poisoned)
     assert exit_codes(both, tmp_path / "ranks") == [2, 2]
     for rank in (0, 1):

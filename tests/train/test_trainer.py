@@ -286,7 +286,7 @@ class TestRefusedBeforeAnythingHeavyIsLoaded:
 
     def test_a_condition_that_the_cache_does_not_hold(self, tiny_cache: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="holds no condition 'cany': did you mean 'canny'"):
-            train(train_options(tiny_cache, tmp_path, condition="cany"))
+            train(train_options(tiny_cache, tmp_path, condition=("cany",)))
 
     def test_a_cache_that_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no such cache: .*make preprocess"):

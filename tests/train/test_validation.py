@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ def half_held_out(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     (data / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     options = preprocess_options(data, folder / "cache", tiny_model, geometry=GeometryOptions(resolution=64))
     assert preprocess(options) == 0
-    sizes = Counter((s.bucket_width, s.bucket_height) for s in samples_of(folder / "cache", "validation").samples)
-    assert sorted(sizes.values()) == [1, 4, 4]
+    sizes = samples_of(folder / "cache", "validation").by_size
+    assert sorted(size.stop - size.start for size in sizes) == [1, 4, 4]
     return folder / "cache"
 
 
@@ -102,17 +101,15 @@ def test_the_losses_are_the_objective_s_on_the_fixed_grid(half_held_out: Path, t
     assert validation is not None
     own, without, other = (validation.losses(trainer.adapter, control) for control in ("own", "none", "other"))
     assert own.shape == without.shape == other.shape == (9, 3)
-    heights = [sample.bucket_height for sample in samples.samples]
     for row, index in enumerate(validation.indices):
-        sample = samples.samples[index]
-        batch = samples.batch([index], [sample.captions[0]], [0])
+        batch = samples.batch([index])
         x_0, condition = (
             flux().model_latents(batch.role(role), samples.recipes[role], None, torch.float32)
             for role in ("latents", "condition_latents")
         )
-        partners = [i for i, height in enumerate(heights) if height == sample.bucket_height]
+        partners = [i for i in range(9) if samples.size_of(i) == samples.size_of(index)]
         partner = partners[(partners.index(index) + 1) % len(partners)]
-        theirs = samples.batch([partner], [samples.samples[partner].captions[0]], [0])
+        theirs = samples.batch([partner])
         other_condition = flux().model_latents(
             theirs.role("condition_latents"), samples.recipes["condition_latents"], None, torch.float32
         )
@@ -147,7 +144,8 @@ def test_where_no_sample_has_another_of_its_shape_there_is_no_condition_gap(
 ) -> None:
     trainer = learned(made(half_held_out, tmp_path, validation={"samples": 1, "pictures": 1}))
     assert trainer.validation is not None
-    [tall] = [i for i, sample in enumerate(trainer.validation.samples.samples) if sample.source == "tall.png"]
+    samples = trainer.validation.samples
+    [tall] = [i for i in range(9) if samples.cache.samples[samples.key(i)].source == "tall.png"]
     trainer.validation.indices = [tall]
     figures = figures_of(trainer)
     assert "condition_gap" not in figures
@@ -175,9 +173,9 @@ def test_the_picture_shows_every_sample_as_drawing_with_without_and_original(
     trainer = made(half_held_out, tmp_path, validation={"pictures": 3, "picture_steps": 2})
     validation = trainer.validation
     assert validation is not None
-    samples = validation.samples.samples
+    samples = validation.samples
     picture = validation.pictures(trainer.adapter)
-    rows = [samples[index] for index in validation.indices[:3]]
+    rows = [samples.cache.samples[samples.key(index)] for index in validation.indices[:3]]
     height, width = max(s.bucket_height or 0 for s in rows), max(s.bucket_width or 0 for s in rows)
     assert picture.shape == (_HEAD + 3 * (height + _GAP) - _GAP, 4 * (width + _GAP) - _GAP, 3)
 
@@ -185,7 +183,7 @@ def test_the_picture_shows_every_sample_as_drawing_with_without_and_original(
         top, left, sample = _HEAD + row * (height + _GAP), column * (width + _GAP), rows[row]
         return picture[top : top + (sample.bucket_height or 0), left : left + (sample.bucket_width or 0)]
 
-    drawings = validation.samples.cache.layer("canny")
+    drawings = samples.cache.layer("canny")
     for row, sample in enumerate(rows):
         (tmp_path / "drawing.png").write_bytes(drawings.read(sample.key, "0.png"))
         assert np.array_equal(cell(row, 0), np.asarray(Image.open(tmp_path / "drawing.png").convert("RGB")))
@@ -238,8 +236,8 @@ def test_sampling_with_a_saved_controlnet_equals_diffusers_pipeline_in_another_p
     trainer.adapter.load(tmp_path / "run" / "controlnet")
 
     samples = samples_of(half_held_out, "validation")
-    sample = samples.samples[0]
-    batch = samples.batch([0], [sample.captions[0]], [0])
+    sample = samples.cache.samples[samples.key(0)]
+    batch = samples.batch([0])
     seeded = torch.Generator().manual_seed(8)
     condition = flux().model_latents(
         batch.role("condition_latents"), samples.recipes["condition_latents"], seeded, torch.float32
@@ -277,7 +275,7 @@ def test_sampling_with_a_saved_controlnet_equals_diffusers_pipeline_in_another_p
 def test_the_scale_of_control_reaches_the_prediction(half_held_out: Path, tmp_path: Path) -> None:
     adapter: ControlNetAdapter = learned(made(half_held_out, tmp_path)).adapter
     samples = samples_of(half_held_out)
-    batch = samples.batch([0], [samples.samples[0].captions[0]], [0])
+    batch = samples.batch([0])
     tokens = batch.height * batch.width // 256
     inputs = flux().inputs(batch, torch.randn(1, tokens, 64), torch.float32)
     x_t, t = torch.randn(1, tokens, 64), torch.tensor([0.5])
