@@ -286,18 +286,3 @@ def open_workers(options: EngineOptions, setup: Setup) -> Workers:
     from preprocess.engines.local import LocalWorkers
 
     return LocalWorkers(setup)
-
-
-__all__ = [
-    "Died",
-    "Engine",
-    "EngineOptions",
-    "Event",
-    "Finished",
-    "OnRows",
-    "Ready",
-    "Workers",
-    "check_available",
-    "open_workers",
-    "told",
-]

@@ -137,6 +137,3 @@ class Unit:
         names = [item.name for item in self.items]
         more = f" and {len(names) - most} more" if len(names) > most else ""
         return ", ".join(names[:most]) + more
-
-
-__all__ = ["Drawings", "Item", "PlacedImage", "Text", "Unit"]

@@ -229,6 +229,3 @@ def device_of(options: PreprocessConfig, gpu: int | None = None) -> str:
     if options.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return "cuda" if gpu is None else f"cuda:{gpu}"
-
-
-__all__ = ["Begun", "OnRows", "Setup", "Worker", "device_of"]

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,11 @@ def writers(cache: Path) -> list[tuple[int, Path]]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    """The process that started this one. Raises `OSError` where there is no such process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def alive(pid: int) -> bool:
     """Whether there is such a process; one that is dead and not yet waited for is none."""
     with suppress(OSError):
@@ -30,12 +35,18 @@ def alive(pid: int) -> bool:
 
 
 class Killer:
-    """While the `with` block runs, kills so many workers, each while it is in the middle of writing a shard."""
+    """While the `with` block runs, kills one worker while it is in the middle of writing a shard."""
 
-    def __init__(self, cache: Path, count: int = 1) -> None:
-        self.cache, self.count = cache, count
-        self.killed: list[tuple[int, str]] = []
-        """Process, and the unit that it was making."""
+    def __init__(
+        self,
+        cache: Path,
+        victim: Callable[[int], bool] = lambda pid: True,
+        kill: Callable[[int], None] = lambda pid: os.kill(pid, signal.SIGKILL),
+    ) -> None:
+        """`victim`: whether this process will do. `kill`: how."""
+        self.cache, self._victim, self._kill = cache, victim, kill
+        self.killed: list[int] = []
+        """The process."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -50,12 +61,14 @@ class Killer:
         self._thread.join()
 
     def _run(self) -> None:
-        while len(self.killed) < self.count and not self._stop.wait(0.0005):
+        while not self.killed and not self._stop.wait(0.0005):
             for pid, part in writers(self.cache):
-                with suppress(ProcessLookupError), stopped(pid):
-                    if part.name.split(".")[1] == "tar" and part.exists():  # it is in the middle, and stays there
-                        os.kill(pid, signal.SIGKILL)
-                        self.killed.append((pid, f"{part.parent.name}/{part.name.split('.')[0]}"))
+                with suppress(OSError), stopped(pid):
+                    if (
+                        ".tar." in part.name and part.exists() and self._victim(pid)
+                    ):  # in the middle, and it stays there
+                        self._kill(pid)
+                        self.killed.append(pid)
                         break
 
 
