@@ -124,7 +124,12 @@ def test_what_a_reader_refuses_is_told_from_what_it_finds(tmp_path: Path) -> Non
 
 def ended(work: Callable[[], object], folder: Path, fault: faults.Fault) -> int:
     """The exit code of `work` in a child in which `fault` strikes what it does in `folder / "here"`."""
-    return Child(lambda: work() and None, folder, lambda: install(folder / "here", fault, folder / "log")).wait().code
+
+    def command() -> int:
+        work()
+        return 0
+
+    return Child(command, folder, lambda: install(folder / "here", fault, folder / "log")).wait().code
 
 
 def test_every_change_is_an_operation(tmp_path: Path) -> None:
@@ -198,6 +203,6 @@ def test_a_shard_is_promised_when_its_index_has_its_name_and_its_folder_is_flush
 
 
 def test_a_child_that_is_killed_before_it_begins_is_a_killed_child(tmp_path: Path) -> None:
-    child = Child(lambda: signal.pause(), tmp_path)
+    child = Child(signal.pause, tmp_path)
     child.kill()
     assert child.wait().code == KILLED
