@@ -23,9 +23,8 @@ from shared.cache.schema import Field, Reads
 from shared.families.base import Family, LayerKind, Tensors
 from shared.model_folder import ModelFolder
 
-_DRAWING = (
-    Field("R.png", "uint8", "H W or H W 3", "the drawing that was encoded, 0.png to R-1.png, lines white on black"),
-)
+_DRAWN = "the drawing that was encoded, 0.png to R-1.png, lines white on black"
+_DRAWING = (Field("R.png", "uint8", "H W or H W 3", _DRAWN),)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

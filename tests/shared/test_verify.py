@@ -134,7 +134,8 @@ def test_what_the_command_line_says_mends_the_cache(
     whole = content(make(tmp_path))
     monkeypatch.setattr("sys.argv", ["verify", str(tmp_path)])
     assert verify.main() == 0
-    assert capsys.readouterr().out == f"sound: {tmp_path}, {sum(map(len, files(tmp_path).values())) / 1e6:.1f} MB compared\n"
+    num_bytes = sum(map(len, files(tmp_path).values()))
+    assert capsys.readouterr().out == f"sound: {tmp_path}, {num_bytes / 1e6:.1f} MB compared\n"
     (tmp_path / "notes.txt").write_text("mine")
     assert verify.main() == 0
     assert f"unlisted {tmp_path / 'notes.txt'} (harmless" in capsys.readouterr().out
