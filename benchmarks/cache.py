@@ -59,7 +59,7 @@ QUICK = Plan(
     cold_rounds=1,
     steps=10,
     disk=(FluxSamples(512, 32), FluxSamples(512, 40, images_per_caption=10)),
-    encoders=Encoders(count=8, t5_layers=3),
+    encoders=Encoders(count=7, t5_layers=3),
     preprocess_rounds=1,
     index_rows=(100_000, 1_000_000),
 )

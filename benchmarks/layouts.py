@@ -6,6 +6,7 @@ of stacked tensors (B, ...) in memory of their own. Random order where the layou
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -139,11 +140,15 @@ class MosaicStreaming(Layout):
     @contextmanager
     def reading(self) -> Iterator[Epoch]:
         from streaming import StreamingDataset
-        from streaming.base.util import clean_stale_shared_memory
         from torch.utils.data import DataLoader
 
-        clean_stale_shared_memory()  # of a process that was killed
-        dataset = StreamingDataset(local=str(self.folder), shuffle=True, batch_size=BATCH)
+        locks = self.folder.with_name("mds-locks")
+        locks.mkdir(exist_ok=True)
+        before, tempfile.tempdir = tempfile.tempdir, str(locks)  # it leaves two files there for each time it is opened
+        try:
+            dataset = StreamingDataset(local=str(self.folder), shuffle=True, batch_size=BATCH)
+        finally:
+            tempfile.tempdir = before
 
         def collate(rows: list[dict[str, bytes]]) -> Tensors:
             return {name: self._tensors(name, [row[name] for row in rows]) for name in rows[0]}

@@ -13,10 +13,10 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -36,6 +36,7 @@ from shared.families.base import LayerKind
 from shared.model_folder import ModelFolder, resolve
 from shared.report import table
 
+T = TypeVar("T")
 BATCH = 8
 CONDITION = "canny"
 
@@ -50,8 +51,8 @@ class Encoders:
     t5_layers: int = 6
     text_length: int = 512
     resolution: int = 256
-    count: int = 16
-    """Pictures, each with a caption of its own."""
+    count: int = 15
+    """Pictures, each with a caption of its own; with the empty one, captions fill their batches."""
 
 
 @dataclass(frozen=True)
@@ -161,18 +162,24 @@ def write_pictures(folder: Path, encoders: Encoders) -> Path:
 
 
 def batches_of(kind: LayerKind, data: Path, encoders: Encoders) -> Iterator[Any]:
-    """What preprocessing gives to a layer's encoder: captions, the empty one first; or uint8 (B, H, W, 3); or drawings,
-    uint8 (B, R, H, W, 3)."""
+    """What preprocessing gives to a layer's encoder, its last batch filled up by the last one: captions, the empty one
+    first; or uint8 (B, H, W, 3); or drawings, uint8 (B, R, H, W, 3)."""
     lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     if kind.reads == "caption":
         captions = ["", *(line["text"] for line in lines)]
-        yield from (captions[i : i + BATCH] for i in range(0, len(captions), BATCH))
+        yield from _filled(captions)
         return
     side = encoders.resolution
     images = [np.asarray(Image.open(data / line["file_name"]).resize((side, side))) for line in lines]
-    for i in range(0, len(images), BATCH):
-        batch = np.stack(images[i : i + BATCH])
+    for some in _filled(images):
+        batch = np.stack(some)
         yield _drawn(batch) if kind.reads == "condition" else batch
+
+
+def _filled(items: Sequence[T]) -> Iterator[list[T]]:
+    for i in range(0, len(items), BATCH):
+        batch = list(items[i : i + BATCH])
+        yield batch + batch[-1:] * (BATCH - len(batch))
 
 
 def _drawn(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ from preprocess.worker import Setup
 from shared import atomic, families
 from shared.cache import schema, writer
 from shared.cache.reader import Layer, LayerSummary, open_layer, wanted
-from shared.cache.schema import Reads, Sample
+from shared.cache.schema import Reads, Sample, Shards
 from shared.cache.storage import Storage, is_remote, open_storage
 from shared.config import to_dict
 from shared.errors import EXIT_INCOMPLETE, UserError
@@ -177,7 +177,7 @@ class _Stage:
         shards = list(writer.finished_shards(work.folder, self.storage))
         summary = LayerSummary(
             name=work.name, folder=work.folder.name, reads=work.reads, fingerprint=work.layer.fingerprint,
-            recipe=work.layer.recipe, fields=tuple(work.layer.fields), shards=tuple(shard for shard, _ in shards),
+            recipe=work.layer.recipe, fields=tuple(work.layer.fields), shards=Shards.of(shard for shard, _ in shards),
         )  # fmt: skip
         return open_layer(self.storage, summary, shards, self._wanted(work.reads))
 

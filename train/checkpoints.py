@@ -74,7 +74,7 @@ def save(
             files = sorted(file for file in part.rglob("*") if file.is_file())
             sums = {str(file.relative_to(part)): schema.file_checksum(file) for file in files}
             content = schema.seal({"step": step, **state, "files": sums})
-            (part / STATE).write_text(json.dumps(content, indent=2) + "\n")
+            (part / STATE).write_bytes(atomic.json_bytes(content))
             for file in files:
                 shutil.copymode(part / STATE, file)  # safetensors makes files that nobody else may read
     except SafetensorError as error:
@@ -127,12 +127,12 @@ def step_of(path: Path) -> int:
 
 def _damage(path: Path) -> str | None:
     try:
-        content = state(path)
-        stated = content.pop("checksum")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"{STATE} cannot be read: {error}"
-    if stated != schema.checksum(schema.canonical(content)):
+        state(path)
+        content = schema.read_sealed(path / STATE)
+    except schema.CacheError:
         return f"{STATE} was altered"
+    except (OSError, ValueError) as error:
+        return f"{STATE} cannot be read: {error}"
     for name, expected in content["files"].items():
         if not (path / name).is_file():
             return f"{name} is missing"

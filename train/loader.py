@@ -164,15 +164,18 @@ class Loader:
         threads = ThreadPoolExecutor(self.options.workers, thread_name_prefix="loader", initializer=begin)
         try:
             while True:
-                began = time.perf_counter()
-                taken = []
-                for _ in range(self.options.accumulation):
+                taken: list[Batch] = []
+                self.waited_seconds = 0.0
+                while len(taken) < self.options.accumulation:
+                    if ready:
+                        began = time.perf_counter()
+                        taken.append(ready.popleft().take())
+                        self.waited_seconds += time.perf_counter() - began
+                    # Not before one is taken: threads that begin another compete for the interpreter meanwhile.
                     ahead.announce(following - len(ready) * self.num_ranks)
-                    while len(ready) <= self.options.prefetch:  # the one that is taken now, and those ahead of it
+                    while len(ready) < self.options.prefetch:
                         ready.append(_Making(threads, self, following))
                         following += self.num_ranks
-                    taken.append(ready.popleft().take())
-                self.waited_seconds = time.perf_counter() - began
                 self.step += 1
                 yield [to_device(batch, self.device) for batch in taken]
         finally:

@@ -115,6 +115,8 @@ class Rows:
         self.layer, self.drawings = layer, drawings
         self._forms: dict[bytes, Form] = {}
         """By header: one for each shape."""
+        self._files: dict[int, tuple[int, int]] = {}
+        """Which file each shard's tar was when it was first opened."""
         self._opened = lru_cache(maxsize=OPEN_TARS)(self._open)
 
     def form(self, number: int) -> Form:
@@ -207,11 +209,18 @@ class Rows:
     def _open(self, shard: int) -> _Tar:
         with self.layer.storage.using(self.layer.tar(shard)) as path:
             try:
-                return _Tar(os.open(path, os.O_RDONLY))
+                tar = _Tar(os.open(path, os.O_RDONLY))
             except FileNotFoundError as error:
                 raise CacheError(f"{self._name(shard)} is missing; {schema.MEND}") from error
             except OSError as error:
                 raise CacheError(f"{self._name(shard)} cannot be read ({error.strerror})") from error
+        # What was verified of one file says nothing of another. (A remote cache's arrives compared with its checksum.)
+        if not self.layer.storage.remote and self._files.setdefault(shard, tar.file) != tar.file:
+            raise CacheError(
+                f"{self._name(shard)} was written anew while it was being read (`make repair` does so); start again: "
+                "the cache is opened as it is now"
+            )
+        return tar
 
     def _name(self, shard: int) -> str:
         return f"{self.layer.storage.url}/{self.layer.tar(shard).name}"
@@ -221,7 +230,9 @@ class _Tar:
     """An open file, closed when nobody reads it any more: another thread may, when it leaves the list of open ones."""
 
     def __init__(self, handle: int) -> None:
-        self.handle = handle
+        self.handle, status = handle, os.fstat(handle)
+        self.file = status.st_size, status.st_mtime_ns
+        """Tells which file of this name it is. Not by its inode, which some network file systems make up anew."""
 
     def __del__(self) -> None:
         os.close(self.handle)

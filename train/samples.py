@@ -126,7 +126,7 @@ class CachedSamples:
         sound: NDArray[np.bool_] | None = None
         for kind, layers in self.layers.values():
             for layer in layers:
-                if not any(shard.errors for shard in layer.summary.shards):
+                if not layer.summary.shards.errors:
                     continue
                 there = layer.places.length >= 0
                 there = self._captioned(layer, there, begin, end) if kind.rows == "captions" else there[begin:end]

@@ -47,6 +47,8 @@ class Dose:
     truncations: int = 20
     worlds: int = 6
     """Seeds; each gives two journeys, a new cache and a changed data set."""
+    others: int = 4
+    """Journeys in which two runs at once, a read-only cache and values that are not finite are tried."""
 
 
 def torture(dose: Dose, seed: int, jobs: int, folder: Path) -> Tally:
@@ -111,7 +113,7 @@ def _trials(dose: Dose, seed: int, worlds: list[World], folder: Path) -> Iterato
         for i in range(count):
             where = place(kind.__name__, i)
             yield partial(trials.damage_trial, worlds[i % len(worlds)], f"{seed} {kind.__name__} {i}", kind, where)
-    for i, world in enumerate(worlds[:4]):
+    for i, world in enumerate(worlds[: dose.others]):
         yield partial(others.two_runs, world, place("two runs", i))
         yield partial(others.read_only, world, place("read only", i))
         if world.start is None:

@@ -252,10 +252,13 @@ def install(folder: Path, fault: Fault, log: Path) -> None:
 
     real_os_open = os.open
 
-    def os_open(path: Any, *more: Any, **options: Any) -> int:
-        handle = real_os_open(path, *more, **options)
+    def os_open(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        name = watched(path) if options.get("dir_fd") is None else None
+        writes = flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
+        assert name is None or not writes, f"{name} is opened by os.open, which the torture does not know how to count"
+        handle = real_os_open(path, flags, *more, **options)
         opened.pop(handle, None)
-        if options.get("dir_fd") is None and (name := watched(path)) is not None:
+        if name is not None:
             opened[handle] = name
         return handle
 

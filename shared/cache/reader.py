@@ -21,7 +21,7 @@ import torch
 
 from shared.cache import index, schema
 from shared.cache.index import Place, Places, SampleIndex
-from shared.cache.schema import CacheError, Caption, Field, Reads, Sample, Shard, wanted
+from shared.cache.schema import CacheError, Caption, Field, Reads, Sample, Shard, Shards, wanted
 from shared.cache.storage import Listed, RemoteOptions, Storage, open_storage
 from shared.errors import nearest
 
@@ -57,7 +57,12 @@ class LayerSummary:
     fingerprint: str
     recipe: Mapping[str, Any]
     fields: tuple[Field, ...]
-    shards: tuple[Shard, ...]
+    shards: Shards
+
+
+_SIZES_ON_OPENING = 10_000
+"""Of up to so many shards the sizes are compared when a layer is opened; of more, when each is first read: it would
+take a second for each half million."""
 
 
 class Layer:
@@ -78,7 +83,6 @@ class Layer:
         self._indexes: dict[int, dict[str, list[dict[str, Any]]]] = {}
         self._verified_drawings: set[tuple[int, str]] = set()
         self._lock = threading.Lock()
-        self._shards = {int(shard.name): shard for shard in summary.shards}
         self._drawings = any(field.name.endswith(".png") for field in summary.fields)
         if not storage.remote:
             self._check_tars()
@@ -93,24 +97,24 @@ class Layer:
             )
 
     def _check_tars(self) -> None:
-        sizes = {}
-        if self.folder.is_dir():
+        if not self.folder.is_dir():
+            there: dict[str, int | None] = {}
+        elif len(self.summary.shards) <= _SIZES_ON_OPENING:
             with os.scandir(self.folder) as entries:
-                sizes = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
-        for shard in self.summary.shards:
-            tar = f"{shard.name}.tar"
-            if tar not in sizes:
+                there = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
+        else:
+            there = dict.fromkeys(os.listdir(self.folder))
+        for tar, num_bytes in self.summary.shards.sizes:
+            if tar not in there:
                 raise CacheError(f"{self.folder / tar} is missing; {schema.MEND}")
-            if sizes[tar] != shard.tar_bytes:
-                raise CacheError(
-                    f"{self.folder / tar} has {sizes[tar]} bytes instead of {shard.tar_bytes}; {schema.MEND}"
-                )
+            if there[tar] not in (num_bytes, None):
+                raise _cut(self.folder / tar, there[tar], num_bytes)
 
     # By number: what training asks for with every sample
 
     def tar(self, shard: int) -> Listed:
         """The tar of a shard: its name in the cache, its size and checksum."""
-        listed = self._shards[shard]
+        listed = self.summary.shards.numbered(shard)
         return Listed(f"{self.summary.folder}/{listed.name}.tar", listed.tar_bytes, listed.tar_checksum)
 
     def tar_path(self, shard: int) -> Path:
@@ -201,7 +205,7 @@ class Layer:
         with self._lock:
             if shard not in self._indexes:
                 name = f"{self.summary.folder}/{schema.shard_name(shard)}.parquet"
-                stated = self._shards[shard].index_checksum
+                stated = self.summary.shards.numbered(shard).index_checksum
                 by_key: dict[str, list[dict[str, Any]]] = {}
                 for row in schema.read_table(self.storage.fetch(name, checksum=stated), stated).to_pylist():
                     by_key.setdefault(row["key"], []).append(row)
@@ -216,6 +220,8 @@ class Layer:
                 if not self.storage.holds(self.tar(other).name):
                     self._maps.pop(other, None)
             with self.storage.using(tar) as path:
+                if (num_bytes := path.stat().st_size) != tar.num_bytes:
+                    raise _cut(path, num_bytes, tar.num_bytes)
                 # torch's map and not Python's, which keeps a file open for each: thousands of shards would be too
                 # many. Private: what were written to a tensor would not reach the file.
                 mapped = torch.from_file(str(path), shared=False, size=tar.num_bytes, dtype=torch.uint8)
@@ -224,7 +230,9 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         numbers = dict(self._numbers())
-        return {**self.__dict__, "_maps": {}, "_indexes": {}, "_lock": None, "_numbers": numbers}
+        # Who maps the shards anew compares them anew: `make repair` may have written one again.
+        unverified = {"verified": np.zeros_like(self.verified), "_verified_drawings": set()}
+        return {**self.__dict__, **unverified, "_maps": {}, "_indexes": {}, "_lock": None, "_numbers": numbers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         numbers = state.pop("_numbers")
@@ -255,6 +263,10 @@ def read_member(storage: Storage, tar: Listed, layer: str, key: str, place: Plac
     if schema.checksum(data) != place.checksum:
         raise _altered(url, layer, key, place)
     return data
+
+
+def _cut(tar: Path, found: int | None, stated: int) -> CacheError:
+    return CacheError(f"{tar} has {found} bytes instead of {stated}; {schema.MEND}")
 
 
 def open_layer(
@@ -343,11 +355,8 @@ class Cache:
         if entry is None:
             raise CacheError(f"{self.url} has no layer '{name}': {nearest(name, self.layer_names)}")
         path = self.storage.fetch(f"{entry['folder']}/{schema.LAYER}")
-        content = schema.read_sealed(path)
-        if (
-            schema.checksum(schema.canonical(content)) != entry["checksum"]
-            or schema.fingerprint(content["recipe"]) != entry["fingerprint"]
-        ):
+        content, stated = schema.read_sealed_and_checksum(path)
+        if stated != entry["checksum"] or schema.fingerprint(content["recipe"]) != entry["fingerprint"]:
             raise CacheError(f"{path} is not the one that {schema.MANIFEST} names; {schema.MEND}")
         return LayerSummary(
             name=name,
@@ -356,7 +365,7 @@ class Cache:
             fingerprint=content["fingerprint"],
             recipe=content["recipe"],
             fields=tuple(Field(**field) for field in content["fields"]),
-            shards=tuple(Shard(**shard) for shard in content["shards"]),
+            shards=Shards(content["shards"]),
         )
 
     def layer(self, name: str) -> Layer:

@@ -98,7 +98,7 @@ def _damaged_lists(cache: Path, manifest: Mapping[str, Any]) -> Iterator[Mended]
     for entry in manifest["layers"].values():
         file = f"{entry['folder']}/{schema.LAYER}"
         try:
-            if schema.read_sealed_checksum(cache / file) != entry["checksum"]:
+            if schema.read_sealed_and_checksum(cache / file)[1] != entry["checksum"]:
                 yield Mended(file, f"not the one that {schema.MANIFEST} names")
         except CacheError as error:
             yield Mended(file, _reason(error))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -149,6 +150,45 @@ class Shard:
     index_checksum: str
 
 
+class Shards(Sequence[Shard]):
+    """The shards of a layer as `layer.json` lists them: of a hundred thousand, objects are made for those asked for."""
+
+    def __init__(self, listed: Sequence[Mapping[str, Any]]) -> None:
+        self._listed = listed
+        self._places = {int(shard["name"]): i for i, shard in enumerate(listed)}
+
+    @classmethod
+    def of(cls, shards: Iterable[Shard]) -> Shards:
+        """These shards."""
+        return shards if isinstance(shards, cls) else cls([asdict(shard) for shard in shards])
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    @overload
+    def __getitem__(self, i: int) -> Shard: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Shard]: ...
+
+    def __getitem__(self, i: int | slice) -> Shard | Sequence[Shard]:
+        return Shard(**self._listed[i]) if isinstance(i, int) else Shards(self._listed[i])
+
+    def numbered(self, number: int) -> Shard:
+        """The shard of this number: 7 is 00007."""
+        return self[self._places[number]]
+
+    @property
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of each shard's tar."""
+        return ((f"{shard['name']}.tar", shard["tar_bytes"]) for shard in self._listed)
+
+    @property
+    def errors(self) -> int:
+        """Rows of them all that have an error."""
+        return sum(shard["errors"] for shard in self._listed)
+
+
 def wanted(reads: Reads, samples: Iterable[Sample], captions: Iterable[Caption]) -> dict[str, str]:
     """Key to input digest of every row that a layer must have: all sound samples, or all captions."""
     if reads == "caption":
@@ -196,31 +236,45 @@ def shard_name(number: int) -> str:
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with the checksum of its canonical JSON as the last key, so that the file vouches for itself."""
-    return {**content, "checksum": checksum(canonical(content))}
+    """`content` with the checksum of all that `atomic.write_json` writes above it as the last key, so that the file
+    vouches for itself."""
+    assert content, "there is nothing to vouch for"
+    return {**content, "checksum": checksum(atomic.json_bytes(content)[: -len(_CLOSING)])}
+
+
+_CLOSING = b"\n}\n"
+_SEAL = re.compile(rb',\n  "checksum": "([0-9a-f]{32})"\n}\n')
+_SEAL_BYTES = len(b',\n  "checksum": ""\n}\n') + 32
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read a JSON file written from `seal`, without its checksum. Raises `CacheError` if it is missing, broken or
     altered by as much as a space."""
+    return read_sealed_and_checksum(path)[0]
+
+
+def read_sealed_and_checksum(path: Path) -> tuple[dict[str, Any], str]:
+    """`read_sealed`, and the checksum that the file states of itself."""
     data = _read_bytes(path)
     try:
         content = json.loads(data)
     except ValueError as error:
         raise CacheError(f"{path} is damaged (not JSON: {error}); {MEND}") from error
-    stated = content.pop("checksum", None) if isinstance(content, dict) else None
-    if stated != checksum(canonical(content)) or data != atomic.json_bytes({**content, "checksum": stated}):
+    sealed = _SEAL.fullmatch(data[-_SEAL_BYTES:])
+    if sealed is None or checksum(memoryview(data)[:-_SEAL_BYTES]) != sealed[1].decode():
         raise CacheError(f"{path} was altered: its checksum does not match its content; {MEND}")
-    return content
-
-
-def read_sealed_checksum(path: Path) -> str:
-    """The checksum that a sealed JSON file states of itself."""
-    return checksum(canonical(read_sealed(path)))
+    return content, content.pop("checksum")
 
 
 def write_table(path: Path, table: pa.Table) -> str:
-    """Write a Parquet table whole or not at all; the file's checksum comes back.
+    """Write a Parquet table whole or not at all; the file's checksum comes back."""
+    data = table_bytes(table)
+    atomic.write_bytes(path, data)
+    return checksum(data)
+
+
+def table_bytes(table: pa.Table) -> memoryview:
+    """A Parquet file of the table.
 
     The table's metadata are kept, and the checksum of the rows joins them: so the rows vouch for themselves where no
     list vouches for the file yet.
@@ -229,9 +283,7 @@ def write_table(path: Path, table: pa.Table) -> str:
     table = table.replace_schema_metadata({**metadata, _ROWS_CHECKSUM: _rows_checksum(table, metadata)})
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    data = memoryview(buffer.getvalue())
-    atomic.write_bytes(path, data)
-    return checksum(data)
+    return memoryview(buffer.getvalue())
 
 
 def read_table(path: Path, stated: str | None = None) -> pa.Table:

@@ -65,6 +65,7 @@ class ShardWriter:
             finished = _finished(index, self._storage)
             assert finished is None, f"{index} is finished, and a finished shard is never changed"
             index.unlink(missing_ok=True)  # of a tar that is lost or cut off
+        self._index = self._stack.enter_context(atomic.writing(index))  # entered first, so it is renamed last
         self._file = _Summed(self._stack.enter_context(atomic.writing(self.folder / f"{self.name}.tar")))
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         return self
@@ -114,14 +115,18 @@ class ShardWriter:
         if kind is not None:
             self._stack.__exit__(kind, error, trace)
             return
-        index = self.folder / f"{self.name}.parquet"
         with self._stack:
             self._tar.close()
-            index.unlink(missing_ok=True)  # beside the new tar the old index could pass for that one's
-        table = pa.Table.from_pylist(self._rows, schema=schema.INDEX_TABLE).replace_schema_metadata(
-            {_TAR_BYTES: str(self._file.count), _TAR_CHECKSUM: self._file.sum.hexdigest()}
-        )
-        schema.write_table(index, table)
+            table = pa.Table.from_pylist(self._rows, schema=schema.INDEX_TABLE).replace_schema_metadata(
+                {_TAR_BYTES: str(self._file.count), _TAR_CHECKSUM: self._file.sum.hexdigest()}
+            )
+            self._index.write(schema.table_bytes(table))
+            # Both are on the disk, which may be full by now, before the old index goes: beside the new tar it could
+            # pass for that one's.
+            for file in (self._file.file, self._index):
+                file.flush()
+                os.fsync(file.fileno())
+            (self.folder / f"{self.name}.parquet").unlink(missing_ok=True)
         for ending in ("tar", "parquet"):
             self._storage.finished(f"{self.folder.name}/{self.name}.{ending}")
 
@@ -249,12 +254,8 @@ def _listed(path: Path) -> bytes | None:
 
 
 def _entry(folder: Path) -> dict[str, Any]:
-    path = folder / schema.LAYER
-    return {
-        "folder": folder.name,
-        "fingerprint": schema.read_sealed(path)["fingerprint"],
-        "checksum": schema.read_sealed_checksum(path),
-    }
+    content, checksum = schema.read_sealed_and_checksum(folder / schema.LAYER)
+    return {"folder": folder.name, "fingerprint": content["fingerprint"], "checksum": checksum}
 
 
 def publish(

@@ -90,6 +90,28 @@ def test_a_full_disk_at_the_rename_is_the_same_sentence(tmp_path: Path, monkeypa
     assert files(tmp_path) == {}
 
 
+def test_a_full_disk_when_the_folder_is_flushed_is_the_same_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "sync_directory", full)
+    with pytest.raises(UserError, match=f"the disk is full: writing {tmp_path / 'file'} failed"):
+        atomic.write_bytes(tmp_path / "file", b"all")
+    with pytest.raises(UserError, match="the disk is full"), atomic.writing_directory(tmp_path / "folder"):
+        pass
+
+
+def test_folders_are_made_and_those_above_them_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(atomic, "sync_directory", flushed.append)
+    for _ in range(2):
+        atomic.make_directory(tmp_path / "a" / "b")
+    assert flushed == [tmp_path, tmp_path / "a"]
+    assert (tmp_path / "a" / "b").is_dir()
+
+
 def test_another_operating_system_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(PermissionError) as raised, atomic.writing(tmp_path / "file"):
         raise PermissionError(errno.EACCES, "no")
@@ -162,6 +184,14 @@ def test_two_processes_never_hold_one_folder_and_a_killed_one_holds_it_no_longer
     holder.communicate()
     with atomic.alone(folder, "writing to"):
         assert files(folder) == {}, "the lock leaves no file"
+
+
+def test_a_folder_that_may_not_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root may write everywhere, whatever the modes; the torture tries it on a disk that is mounted read-only.
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: not mode & os.W_OK)
+    with pytest.raises(UserError, match=f"{tmp_path} is read-only for this user, and writing to it means to write"):  # noqa: SIM117
+        with atomic.alone(tmp_path, "writing to"):
+            pass
 
 
 def test_the_lock_is_given_back_when_the_block_fails(tmp_path: Path) -> None:

@@ -158,6 +158,15 @@ def test_a_layer_that_another_process_is_given_maps_its_shards_anew(tmp_path: Pa
     assert torch.equal(given.tensors("s0")["mean"], layer.tensors("s0")["mean"])
 
 
+def test_a_layer_that_another_process_is_given_compares_its_rows_anew(tmp_path: Path) -> None:
+    layer = Cache(make(tmp_path)).layer("latents")
+    layer.tensors("s1")
+    given = copy.deepcopy(layer)  # by the same protocol
+    small_cache.flip(folder_of(tmp_path, "latents") / "00000.tar", layer.members("s1")["safetensors"].offset + 20)
+    with pytest.raises(CacheError, match="sample 's1' of layer 'latents' was altered"):
+        given.tensors("s1")
+
+
 def test_a_layer_is_opened_once_however_often_it_is_asked_for(tmp_path: Path) -> None:
     cache = Cache(make(tmp_path))
     assert cache.layer("text") is cache.layer("text")
@@ -194,7 +203,8 @@ def test_a_row_that_succeeded_later_is_no_error(tmp_path: Path) -> None:
 def summary_of(folder: Path, shards: list[tuple[schema.Shard, pa.Table]]) -> LayerSummary:
     return LayerSummary(
         name="x", folder=folder.name, reads="image", fingerprint="", recipe={},
-        fields=(schema.Field("0.png", "uint8", "H W", "made up"),), shards=tuple(shard for shard, _ in shards),
+        fields=(schema.Field("0.png", "uint8", "H W", "made up"),),
+        shards=schema.Shards.of(shard for shard, _ in shards),
     )  # fmt: skip
 
 

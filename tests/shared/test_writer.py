@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import webdataset
@@ -200,6 +201,16 @@ def test_an_altered_index_is_never_taken_for_finished(tmp_path: Path) -> None:
         # What does pass (a bit of Parquet's own statistics) says the same of every row.
         assert "00000" not in found or found["00000"].equals(expected), position
     assert refused > 100
+
+
+def test_an_index_in_which_an_empty_column_has_another_type_is_not_taken_for_finished(tmp_path: Path) -> None:
+    # One flipped bit can do that, and no row says anything else.
+    folder = folder_of(make(tmp_path), "latents")
+    shards = {shard.name: table for shard, table in writer.finished_shards(folder)}
+    table = shards["00001"]
+    at = table.schema.names.index("error")
+    schema.write_table(folder / "00001.parquet", table.set_column(at, "error", pa.nulls(len(table), pa.binary())))
+    assert {shard.name for shard, _ in writer.finished_shards(folder)} == shards.keys() - {"00001"}
 
 
 def test_an_altered_samples_table_is_never_taken_for_an_earlier_plan(tmp_path: Path) -> None:
@@ -396,7 +407,7 @@ def test_a_layer_that_is_published_again_lists_the_shards_that_are_there(tmp_pat
     entry = writer.publish_layer_again(folder)
     listed = schema.read_sealed(folder / schema.LAYER)
     assert [shard["name"] for shard in listed["shards"]] == ["00000", "00001"]
-    assert entry["checksum"] == schema.read_sealed_checksum(folder / schema.LAYER)
+    assert entry["checksum"] == schema.read_sealed_and_checksum(folder / schema.LAYER)[1]
     assert listed["recipe"] == small_cache.recipe("latents")
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from shared import config
+from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
 from train.config import TrainConfig, changed_experiment
 from train.loader import LoaderOptions
@@ -42,6 +43,8 @@ def test_a_run_without_a_name_is_called_after_its_depth() -> None:
         ({"seed": -1}, "seed must be 0 or more"),
         ({"loader": LoaderOptions(batch_size=0)}, r"loader\.batch_size"),
         ({"optimizer": OptimizerOptions(learning_rate=0)}, r"optimizer\.learning_rate"),
+        ({"remote": RemoteOptions(downloads=0)}, r"remote\.downloads"),
+        ({"condition": ("canny", "lineart", "canny")}, "condition: canny is named twice"),
     ],
 )
 def test_impossible_values_are_refused_those_of_the_parts_too(changes: dict[str, Any], sentence: str) -> None:
@@ -61,6 +64,7 @@ def test_a_written_configuration_is_a_recipe_that_reads_back_to_the_same(tmp_pat
         name="x",
         optimizer=OptimizerOptions(learning_rate=3e-5),
         loader=LoaderOptions(condition_draw=False),
+        condition=("canny", "lineart"),
     )
     (tmp_path / "config.yaml").write_text(config.to_yaml(options))
     given = {key: value for key, value in yaml.safe_load((tmp_path / "config.yaml").read_text()).items()}
@@ -92,7 +96,8 @@ def changed(**changes: Any) -> dict[str, tuple[object, object]]:
 
 def test_where_how_long_and_how_it_is_watched_may_change() -> None:
     assert not changed(steps=5, cache="elsewhere", runs="r", name="n", device="cpu", tracker="none", checkpointing=True)
-    assert not changed(loader=LoaderOptions(prefetch=9, accumulation=2))
+    assert not changed(loader=LoaderOptions(prefetch=9, accumulation=2, workers=7, lookahead=5))
+    assert not changed(remote=RemoteOptions(downloads=3, folder="elsewhere"))
 
 
 def test_what_decides_the_weights_makes_another_experiment() -> None:

@@ -470,14 +470,13 @@ def test_the_shards_of_coming_batches_are_announced_in_the_order_of_their_use(
         ]
 
     with closing(iter(loader)) as iterator:
-        for step in range(30):
+        for step in range(1, 31):
             next(iterator)
-            coming = dict.fromkeys(name for ahead in range(lookahead) for name in shards((step + ahead) * num_ranks))
+            positions = [(step + ahead) * num_ranks for ahead in range(lookahead)]
             latest = [file.name for file in announced[-1] if "latents" in file.name]
-            assert sorted(latest) == sorted(coming)
-            assert [name for name in latest if name in shards(step * num_ranks)] == latest[
-                : len({*shards(step * num_ranks)})
-            ]
+            assert sorted(latest) == sorted({name for position in positions for name in shards(position)})
+            first = {*shards(positions[0])}
+            assert {*latest[: len(first)]} == first
             listed = announced[-1][0]
             assert (many.cache.path / listed.name).stat().st_size == listed.num_bytes
     assert len(announced) < 40  # where nothing changes, nothing is said
@@ -717,6 +716,15 @@ def test_the_stream_goes_on_exactly_with_another_number_of_processes(num_ranks: 
 def test_a_condition_that_is_not_there_is_refused_with_the_nearest_name(tiny_cache: Path) -> None:
     with pytest.raises(UserError, match=r"holds no condition 'cany': did you mean 'canny'\?.*CONDITION=cany"):
         CachedSamples(Cache(tiny_cache), flux(), "cany", "train")
+
+
+def test_options_of_another_order_are_known_to_have_no_effect() -> None:
+    odd = LoaderOptions(window=9, lookahead=9)
+    assert odd.unused(remote=False) == ["window", "lookahead"]
+    assert odd.unused(remote=True) == []
+    assert replace(odd, order="window").unused(remote=False) == ["lookahead"]
+    assert replace(odd, order="global").unused(remote=True) == ["window"]
+    assert LoaderOptions().unused(remote=False) == []
 
 
 def test_impossible_options_are_refused() -> None:

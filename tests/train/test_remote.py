@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +83,11 @@ def all_same(one: list[Batch], other: list[Batch]) -> bool:
 
 
 def shard_bytes(folder: Path, pattern: str) -> list[int]:
-    return [path.stat().st_size for path in folder.glob(pattern) if path.is_file()]
+    sizes = []
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another thread has just finished or removed it
+            sizes.append(path.stat().st_size)
+    return sizes
 
 
 def test_batches_are_those_of_a_local_copy_within_a_small_local_folder(

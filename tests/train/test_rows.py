@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from shared.cache.reader import Cache, CacheError
+from shared.cache.repair import mend
 from tests.shared.small_cache import flip
 from tests.train import made_cache
 from train import rows as rows_module
@@ -322,6 +323,19 @@ def test_a_file_is_not_closed_while_another_thread_reads_it(tmp_path: Path, monk
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(right, range(400)))
+
+
+def test_a_tar_that_repair_wrote_anew_meanwhile_is_not_taken_for_the_verified_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = made_cache.write(tmp_path / "cache", made_cache.samples_named(4), shard_rows=2)
+    monkeypatch.setattr(rows_module, "OPEN_TARS", 1)
+    rows = rows_of(cache, "latents")
+    stacked([Taken(rows, number) for number in range(4)])
+    flip(rows.layer.tar_path(0), rows.layer.places.place(0).offset)
+    assert [mended.dropped for mended in mend(cache)] == [("s000",)]  # s001 is where it was
+    with pytest.raises(CacheError, match=r"00000\.tar was written anew while it was being read .* start again"):
+        stacked([Taken(rows, 1)])
 
 
 def test_threads_that_help_read_every_row_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,20 @@ def noise_losses(trainer: trainer.Trainer) -> float:
 # --- non-finite -----------------------------------------------------------------------------------------------------
 
 
+def test_every_step_says_how_long_it_waited_for_data_and_the_run_what_share_of_its_time(
+    tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(train_options(tiny_cache, tmp_path, steps=5)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    assert lines[0]["data_wait_share"] == 0  # nothing could be read ahead of the first step
+    for count in range(1, 5):
+        waited = sum(line["data_wait_seconds"] for line in lines[1 : count + 1])
+        worked = sum(line["step_seconds"] for line in lines[1 : count + 1])
+        assert lines[count]["data_wait_share"] == pytest.approx(waited / (waited + worked))
+    assert re.search(r"; \d+\.\d% of the time went into waiting for data", capsys.readouterr().out)
+
+
 def test_a_loss_that_is_not_finite_names_the_sample_and_moves_nothing(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,12 +188,12 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_moves_nothing(
         weights = {name: p.detach().clone() for name, p in made.adapter.named_parameters()}
         state = {name: tensor.clone() for name, tensor in made.optimizer.state()[0].items()}
         batches = next(steps)
-        batches[1].tensors["latents.mean"][1, 0, 0, 0] = torch.nan
+        batches[1].tensors["latents.mean"][-1, 0, 0, 0] = torch.nan
         with pytest.raises(UserError) as refusal:
             made.step(batches)
     named = re.search(r"of sample\(s\) (\S+); the optimizer did not step", str(refusal.value))
     assert named is not None
-    assert named[1] == batches[1].keys[1]
+    assert named[1] == batches[1].keys[-1]
     assert "step 2: the loss nan is not finite" in str(refusal.value)
     assert all(torch.equal(p, weights[name]) for name, p in made.adapter.named_parameters())
     after = made.optimizer.state()[0]
