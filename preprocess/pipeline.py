@@ -269,7 +269,7 @@ class _Stage:
         try:
             with _Bars(works) as bars, Engine(open_workers(self.options.engine, setup), bars.count) as engine:
                 for layers in self.layers.stages():
-                    cut = [(by_name[layer.name], keys) for layer in layers for keys in self._cut(by_name[layer.name])]
+                    cut = [shard for layer in layers for shard in self._numbered(by_name[layer.name])]
                     for _ in engine.map(self._units(cut, by_name), len(cut)):
                         pass
                     if self.options.engine.chosen != "local":
@@ -284,17 +284,23 @@ class _Stage:
             groups.setdefault(None if work.reads == "caption" else self._shape(key), []).append(key)
         return [keys for group in groups.values() for keys in encode.batched(group, work.layer.shard_rows)]
 
-    def _units(self, cut: Sequence[tuple[Work, Sequence[str]]], works: Mapping[str, Work]) -> Iterator[Unit]:
+    def _numbered(self, work: Work) -> list[tuple[Work, int, Sequence[str]]]:
+        """The shards to be made, with their numbers, in the order in which they are made. Numbers follow the shapes;
+        shards are made in the order of their first keys, so that what lies together in the source is read together."""
+        cut = self._cut(work)
+        numbered = list(zip(writer.unused_numbers(work.folder, self.storage), cut, strict=False))
+        if work.reads != "caption":
+            numbered.sort(key=lambda shard: shard[1][0])
+        return [(work, number, keys) for number, keys in numbered]
+
+    def _units(self, cut: Sequence[tuple[Work, int, Sequence[str]]], works: Mapping[str, Work]) -> Iterator[Unit]:
         """The units, one at a time: what each row is made from is some KB."""
-        numbers: dict[str, Iterator[int]] = {}
         drawings: dict[str, Layer] = {}
-        for work, keys in cut:
-            if work.name not in numbers:
-                numbers[work.name] = writer.unused_numbers(work.folder, self.storage)
-                if work.layer.drawn is not None:
-                    drawings[work.name] = self._layer(works[work.layer.drawn.name])
+        for work, number, keys in cut:
+            if work.layer.drawn is not None and work.name not in drawings:
+                drawings[work.name] = self._layer(works[work.layer.drawn.name])
             items = tuple(self._item(work, key, drawings.get(work.name)) for key in keys)
-            yield Unit(work.name, work.layer.fingerprint, next(numbers[work.name]), items)
+            yield Unit(work.name, work.layer.fingerprint, number, items)
 
     def _item(self, work: Work, key: str, drawings: Layer | None) -> Item:
         if work.reads == "caption":

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from queue import Queue
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Worker:
         self._readers = ThreadPoolExecutor(options.encode.workers, "read")
         self._finishers = ThreadPoolExecutor(options.encode.workers, "finish")
         self._writer = ThreadPoolExecutor(1, "write")
+        self._room = threading.Semaphore(_BATCHES_BEHIND)
         self._encoding = threading.Lock()
         self._opened = ExitStack()
         self._layer: str | None = None
@@ -104,7 +105,7 @@ class Worker:
             done.set_result(None)
             return done
         with self._encoding, closing(begun.loading) as loading:
-            batches = _Batches()
+            batches = _Batches(self._room)
             written = self._writer.submit(self._write, begun.unit, batches, on_rows)
             try:
                 self._encode(begun.unit, loading, batches)
@@ -186,15 +187,19 @@ class _UnwantedError(Exception):
 
 
 class _Batches:
-    """Rows on their way from the encoder to the writer, in batches."""
+    """Rows of one unit on their way from the encoder to the writer, in batches."""
 
-    def __init__(self) -> None:
-        self._queue: Queue[list[Future[Row]] | bool] = Queue(_BATCHES_BEHIND)
+    def __init__(self, room: threading.Semaphore) -> None:
+        """`room` for batches that wait, of all units together."""
+        self._room = room
+        self._queue: SimpleQueue[list[Future[Row]] | bool] = SimpleQueue()
         self._given_up = self._ended = False
 
     def put(self, batch: list[Future[Row]]) -> None:
         """The encoder's: waits while the writer is far behind. Raises `_UnwantedError` where it writes no more."""
+        self._room.acquire()
         if self._given_up:
+            self._room.release()
             raise _UnwantedError
         self._queue.put(batch)
 
@@ -204,9 +209,8 @@ class _Batches:
 
     def __iter__(self) -> Iterator[list[Future[Row]]]:
         """The writer's. Raises `_UnwantedError` where the rest will not come."""
-        while isinstance(batch := self._queue.get(), list):
+        while isinstance(batch := self._take(), list):
             yield batch
-        self._ended = True
         if not batch:
             raise _UnwantedError
 
@@ -214,7 +218,15 @@ class _Batches:
         """The writer's, when it writes no more: let the encoder not wait for room."""
         self._given_up = True
         while not self._ended:
-            self._ended = isinstance(self._queue.get(), bool)
+            self._take()
+
+    def _take(self) -> list[Future[Row]] | bool:
+        batch = self._queue.get()
+        if isinstance(batch, bool):
+            self._ended = True
+        else:
+            self._room.release()
+        return batch
 
 
 def _found(setup: Setup) -> ModelFolder:

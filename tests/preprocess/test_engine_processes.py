@@ -30,7 +30,7 @@ from tests.preprocess.test_kill import Children
 from tests.preprocess.workers import Killer, alive, writers
 
 COUNT = 40
-TWO = EngineOptions(processes=2)
+ONE, TWO = EngineOptions(processes=1), EngineOptions(processes=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,11 @@ def test_two_processes_of_which_one_is_killed_in_the_middle_make_the_same_bytes(
     assert contents(tmp_path / "cache") == reference
 
 
-def test_ctrl_c_stops_all_processes_and_another_engine_resumes_to_the_same_bytes(
+def test_ctrl_c_stops_the_processes_and_another_engine_resumes_to_the_same_bytes(
     options: PreprocessConfig, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    process = Children().start(replace(options, cache=str(cache), engine=TWO), tmp_path / "err")
+    process = Children().start(replace(options, cache=str(cache), engine=ONE), tmp_path / "err")
     while not list(cache.glob("*/*.parquet")) or not (busy := {pid for pid, _ in writers(cache)}):
         assert process.is_alive(), (tmp_path / "err").read_text()
         time.sleep(0.001)
@@ -86,7 +86,7 @@ def test_workers_end_when_the_process_that_started_them_is_killed(
     options: PreprocessConfig, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    process = Children().start(replace(options, cache=str(cache), engine=TWO), tmp_path / "err")
+    process = Children().start(replace(options, cache=str(cache), engine=ONE), tmp_path / "err")
     while not (busy := {pid for pid, _ in writers(cache)}):
         assert process.is_alive(), (tmp_path / "err").read_text()
         time.sleep(0.001)
@@ -134,9 +134,9 @@ def test_a_unit_that_kills_every_process_that_it_is_given_to_is_named_and_the_ot
     flawed = PlacedImage(samples[6], "image", Deadly())
     units[1] = replace(units[1], items=(*units[1].items[:2], flawed, *units[1].items[3:]))
     with (
-        Engine(open_workers(EngineOptions(processes=1), setup), lambda layer, rows: None) as running,
+        Engine(open_workers(ONE, setup), lambda layer, rows: None) as running,
         pytest.raises(
-            UserError, match=r"a worker has died 3 times of the same 4 row.* of canny .killed by SIGSEGV"
+            UserError, match=r"a worker has died 2 times of the same 4 row.* of canny .killed by SIGSEGV"
         ) as no,
     ):
         list(running.map(units, len(units)))

@@ -415,7 +415,7 @@ def spoiled(layer_name: str, is_bad: Callable[[Any], bool], monkeypatch: pytest.
             tensors = encode(batch)
             for i, item in enumerate(batch):
                 if is_bad(item):
-                    next(iter(tensors.values()))[i][..., 0] = float("nan")
+                    next(iter(tensors.values()))[i].fill_(float("nan"))
             return tensors
 
         return spoil

@@ -136,8 +136,10 @@ def test_the_encoder_goes_on_while_what_it_made_is_written(setting: Setting, mon
 
     monkeypatch.setattr(writer.ShardWriter, "add", wait_then_add)
     encoder_that(lambda batch: encoded[int(batch.min()) // BATCH].set(), monkeypatch)
-    with setting.worker() as worker, ThreadPoolExecutor(2) as callers:
-        assert list(callers.map(worker.make, [setting.unit(0), setting.unit(1)])) == [None, None]
+    with setting.worker() as worker:
+        begun = [worker.begin(setting.unit(number)) for number in range(2)]
+        written = [worker.encode(one, lambda rows: None) for one in begun]
+        assert [future.result() for future in written] == [None, None]
 
 
 def test_no_more_is_in_memory_than_some_batches_however_slow_the_disk(
