@@ -23,14 +23,21 @@ from shared.cache import writer
 from tests.shared import small_cache
 from tests.shared.small_cache import CAPTIONS, SAMPLES, flip, folder_of, make, sample
 
-SMALL = Dose(kills=6, power_cuts=2, enospc=6, flips=24, truncations=4, worlds=1, others=1)
+SMALL = Dose(kills=6, kills_of_others=2, power_cuts=2, enospc=6, flips=24, truncations=4, worlds=1, others=1)
 
 
 def test_a_small_dose_loses_nothing_doubles_nothing_and_overlooks_nothing(tmp_path: Path) -> None:
     tally = torture(SMALL, seed=1, jobs=2, folder=tmp_path)
     assert tally.problems == []
-    counted = (tally.kills, tally.power_cuts, tally.enospc, tally.flips, tally.truncations)
-    assert counted == (SMALL.kills, SMALL.power_cuts, SMALL.enospc, SMALL.flips, SMALL.truncations)
+    counted = (tally.kills, tally.kills_of_others, tally.power_cuts, tally.enospc, tally.flips, tally.truncations)
+    assert counted == (
+        SMALL.kills,
+        SMALL.kills_of_others,
+        SMALL.power_cuts,
+        SMALL.enospc,
+        SMALL.flips,
+        SMALL.truncations,
+    )
     assert (tally.lost, tally.duplicated, tally.undetected) == (0, 0, 0)
 
 
