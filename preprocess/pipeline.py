@@ -274,7 +274,7 @@ class _Stage:
                     for _ in engine.map(self._units(cut, by_name), len(cut)):
                         pass
                     if self.options.engine.chosen != "local":
-                        self.storage.synchronize()  # what others have uploaded
+                        self.storage.refresh()  # what others have uploaded
         finally:
             _remove_parts(self.cache)  # of workers that died
 

@@ -35,7 +35,8 @@ def main() -> int:
         tally = torture(Dose(**words), seed, jobs, Path(folder))
     for note, count in sorted(tally.notes.items()):
         say(f"{count:6} {note}")
-    say(f"{tally.power_cuts:6} power cuts\n{time.monotonic() - began:6.0f} seconds")
+    say(f"{tally.kills_of_others:6} kills of repair and prune\n{tally.power_cuts:6} power cuts")
+    say(f"{time.monotonic() - began:6.0f} seconds")
     for problem in tally.problems:
         print(f"PROBLEM {problem}")
     print(

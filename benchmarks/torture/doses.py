@@ -30,8 +30,6 @@ PRELOADED = (
 )  # fmt: skip
 """Imported once by the server from which all processes are forked."""
 KILLS_A_TRIAL = 5
-REPAIRS = 8
-"""One in so many trials of killing kills repairs."""
 MOUNTED = 5
 """One in so many full disks is a real one, where mounting is allowed."""
 
@@ -41,6 +39,9 @@ class Dose:
     """How much of everything."""
 
     kills: int = 200
+    """Of preprocessing."""
+    kills_of_others: int = 40
+    """Of repairing and of pruning, in turn."""
     power_cuts: int = 40
     enospc: int = 50
     flips: int = 500
@@ -94,11 +95,13 @@ def _trials(dose: Dose, seed: int, worlds: list[World], folder: Path) -> Iterato
     can_mount = trials.can_mount(folder / "can mount")
     if not can_mount:
         say("this user may not mount: no disk is really full, all are made so operation by operation")
-    for i in range(0, dose.kills, KILLS_A_TRIAL):
-        number, quota = i // KILLS_A_TRIAL, min(KILLS_A_TRIAL, dose.kills - i)
-        kill = trials.repair_kill_trial if number % REPAIRS == REPAIRS - 1 else trials.kill_trial
+    for number, quota in enumerate(_quotas(dose.kills)):
         world = worlds[number % len(worlds)]
-        yield partial(kill, world, f"{seed} {number}", quota, place("kills", number))
+        yield partial(trials.kill_trial, world, f"{seed} {number}", quota, place("kills", number))
+    for number, quota in enumerate(_quotas(dose.kills_of_others)):
+        kill = trials.prune_kill_trial if number % 2 else trials.repair_kill_trial
+        world = worlds[number // 2 % len(worlds)]
+        yield partial(kill, world, f"{seed} {number}", quota, place("kills of others", number))
     for i in range(dose.power_cuts):
         yield partial(trials.power_cut_trial, worlds[i % len(worlds)], f"{seed} {i}", place("power cut", i))
     for i in range(dose.enospc):
@@ -118,6 +121,10 @@ def _trials(dose: Dose, seed: int, worlds: list[World], folder: Path) -> Iterato
         yield partial(others.read_only, world, place("read only", i))
         if world.start is None:
             yield partial(others.not_finite, world, place("not finite", i))
+
+
+def _quotas(count: int) -> list[int]:
+    return [min(KILLS_A_TRIAL, count - i) for i in range(0, count, KILLS_A_TRIAL)]
 
 
 def _attempt(trial: partial[Tally]) -> Tally:

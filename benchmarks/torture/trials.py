@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,11 +27,15 @@ from preprocess.config import PreprocessConfig
 from preprocess.pipeline import preprocess
 from preprocess.repair import repair
 from shared import atomic
-from shared.cache import schema, writer
+from shared.cache import prune, schema, writer
 from shared.cache.reader import Cache
 from shared.cache.verify import verify
 from shared.errors import EXIT_INCOMPLETE, EXIT_REFUSED
 
+OPERATIONS_OF_OTHERS = 60
+"""About as many changes as a repair or a pruning makes."""
+UNWANTED = 99
+"""A shard's number that is far from those in use."""
 MAX_ROUNDS = 60
 """Of one trial; more, and its kills always come too late."""
 
@@ -40,6 +45,9 @@ class Tally:
     """What was done, and what came of it."""
 
     kills: int = 0
+    """Of preprocessing."""
+    kills_of_others: int = 0
+    """Of repairing and pruning."""
     power_cuts: int = 0
     enospc: int = 0
     flips: int = 0
@@ -227,8 +235,11 @@ def killed_run(
         child, how = run(command, options, folder, fault), f"{fault.when} an operation"
     ended = child.wait()
     if ended.code == KILLED:
-        tally.kills += 1
-        tally.notes[f"killed {how}"] += 1
+        if command is preprocess:
+            tally.kills += 1
+        else:
+            tally.kills_of_others += 1
+        tally.notes[f"{command.__name__} killed {how}"] += 1
         return True
     expect_code(ended, (0, EXIT_INCOMPLETE), tally, "a run that was to be killed later")
     return False
@@ -281,27 +292,66 @@ def _seen(refused: list[str]) -> str:
 
 def repair_kill_trial(world: World, seed: str, quota: int, folder: Path) -> Tally:
     """Damage some files of a finished cache and kill `quota` repairs of it, each time repairing again."""
+
+    def damage(options: PreprocessConfig, dice: random.Random) -> list[str]:
+        names = dice.sample(sorted(world.end.files), 3)
+        for name in names:
+            dice.choice([flip, cut])(Path(options.cache) / name, dice)
+        return names
+
+    return _finished_kill_trial(world, seed, quota, folder, repair, damage)
+
+
+def prune_kill_trial(world: World, seed: str, quota: int, folder: Path) -> Tally:
+    """Kill `quota` prunings of a finished cache that has shards in which no row is wanted, and a layer of old."""
+
+    def outdate(options: PreprocessConfig, dice: random.Random) -> list[str]:
+        cache = Path(options.cache)
+        layers = sorted(path.parent for path in cache.glob(f"*/{schema.LAYER}"))
+        for layer in layers:
+            with writer.ShardWriter(layer, UNWANTED) as shard:
+                shard.add("gone", "an earlier input", {"safetensors": b"wanted no more"})
+        run(preprocess, options, folder).wait()  # which lists them
+        shutil.copytree(layers[0], cache / "old-00000000")
+        return [f"{name}/{schema.shard_name(UNWANTED)}.tar" for name in (*(p.name for p in layers), "old-00000000")]
+
+    return _finished_kill_trial(world, seed, quota, folder, prune_all, outdate)
+
+
+def prune_all(options: PreprocessConfig) -> int:
+    """`make prune YES=1`, in a process of its own."""
+    sys.argv = ["prune", options.cache, "--yes"]
+    return prune.main()
+
+
+def _finished_kill_trial(
+    world: World,
+    seed: str,
+    quota: int,
+    folder: Path,
+    command: Callable[[PreprocessConfig], int],
+    change: Callable[[PreprocessConfig, random.Random], list[str]],
+) -> Tally:
+    """`change` damages or outdates a finished cache and names the shards that need not stay."""
     dice, tally = random.Random(seed), Tally()
     for turn in range(MAX_ROUNDS):
         cache = folder / str(turn)
         shutil.copytree(world.end.path, cache)
         options = replace(world.options, cache=str(cache))
-        where = f"{world.name}, kills of repair {seed}/{turn}"
-        names = dice.sample(sorted(world.end.files), 3)
-        for name in names:
-            dice.choice([flip, cut])(cache / name, dice)
-        kept = _others(finished(cache), *names)
-        while tally.kills < quota:
-            if not killed_run(repair, options, world.seconds, 120, dice, folder, tally):
+        where = f"{world.name}, kills of {command.__name__} {seed}/{turn}"
+        changed = change(options, dice)
+        kept = {name: stamps for name, stamps in _others(finished(cache), *changed).items() if "old-" not in name}
+        while tally.kills_of_others < quota:
+            if not killed_run(command, options, world.seconds, OPERATIONS_OF_OTHERS, dice, folder, tally):
                 break
-            tally.notes["killed while repairing"] += 1
-            check_reading(cache, tally, world.end, where=where)
+            if check_reading(cache, tally, world.end, where=where) and command is not repair:
+                break  # a cache that is damaged is not pruned
         expect_code(run(repair, options, folder).wait(), (0, world.code), tally, where)
         check_end(cache, tally, world.end, kept, where)
         shutil.rmtree(cache)
-        if tally.kills >= quota:
+        if tally.kills_of_others >= quota:
             return tally
-    tally.problems.append(f"{world.name}: only {tally.kills} of {quota} kills of repair came in time")
+    tally.problems.append(f"{world.name}: only {tally.kills_of_others} of {quota} kills came in time")
     return tally
 
 
@@ -467,7 +517,7 @@ def cut(path: Path, dice: random.Random) -> int:
 
 
 class Member(NamedTuple):
-    """Where the undisturbed cache has a member in a tar."""
+    """A member of a shard of the undisturbed cache."""
 
     key: str
     first: int
@@ -477,17 +527,30 @@ class Member(NamedTuple):
     """Whether a reader looks at it; a row of an earlier state of the data set stays in its shard unread."""
 
 
-def members(world: World, tar: str) -> list[Member]:
-    """The members of a tar of the undisturbed cache."""
-    cache = Cache(world.end.path)
-    reads = next(summary.reads for name in cache.layer_names if (summary := cache.summary(name)).folder in tar)
-    wanted = cache.wanted(reads)
-    rows = pq.ParquetFile((world.end.path / tar).with_suffix(".parquet")).read(use_threads=False).to_pylist()
+def members(world: World, name: str) -> list[Member]:
+    """The members that a shard of the undisturbed cache has in its tar; `name` is its tar or its index."""
+    wanted = _wanted(world, name)
     return [
         Member(row["key"], row["offset"], row["offset"] + row["length"], wanted.get(row["key"]) == row["input"])
-        for row in rows
+        for row in _index(world, name)
         if row["status"] == "ok"
     ]
+
+
+def num_failed(world: World, name: str) -> int:
+    """The wanted rows of a shard that an encoder had nothing for. Only its index knows why."""
+    wanted = _wanted(world, name)
+    return sum(row["status"] == "error" and wanted.get(row["key"]) == row["input"] for row in _index(world, name))
+
+
+def _index(world: World, name: str) -> list[dict[str, Any]]:
+    return pq.ParquetFile((world.end.path / name).with_suffix(".parquet")).read(use_threads=False).to_pylist()
+
+
+def _wanted(world: World, name: str) -> dict[str, str]:
+    cache = Cache(world.end.path)
+    summaries = (cache.summary(layer) for layer in cache.layer_names)
+    return cache.wanted(next(summary.reads for summary in summaries if name.startswith(f"{summary.folder}/")))
 
 
 def damage_trial(world: World, seed: str, kind: Callable[[Path, random.Random], int], folder: Path) -> Tally:
@@ -509,6 +572,8 @@ def damage_trial(world: World, seed: str, kind: Callable[[Path, random.Random], 
     end = os.path.getsize(world.end.path / name) if kind is cut else position + 1
     hit = [member for member in inside if member.first < end and position < member.after]
     to_make = len({member.key for member in hit if member.wanted})
+    # With an index the reasons of its failed rows may be lost, which are then tried again.
+    to_try = num_failed(world, name) if _sort(name) == "indexes of shards" else 0
 
     memory = _sort(name) == "scans"
     problems = [problem for problem in verify(cache).problems if str(cache / name) in problem]
@@ -528,12 +593,12 @@ def damage_trial(world: World, seed: str, kind: Callable[[Path, random.Random], 
     ended = run(preprocess if memory else repair, options, folder).wait()
     expect_code(ended, (0, world.code), tally, where)
     check_end(cache, tally, world.end, kept, where)
-    if not hit and world.start is None:  # else rows of an earlier state, which nobody wants, may be gone
+    if not hit and not to_try and world.start is None:  # else rows of an earlier state, wanted no more, may be gone
         check_same_files(cache, tally, world.end, where)
     made = num_made(ended.out)
     tally.notes["rows that were hit"] += to_make
     tally.notes["rows that repair made again"] += made
-    tally.expect(made <= to_make, f"{where}: repair made {made} rows again, but {to_make} were hit")
+    tally.expect(made <= to_make + to_try, f"{where}: repair made {made} rows again, but {to_make} were hit")
     shutil.rmtree(folder)
     return tally
 

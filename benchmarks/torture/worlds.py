@@ -6,21 +6,27 @@ caption edited), the finished cache of each, and the cache of the later state th
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 
 from preprocess.config import EncodeOptions, PreprocessConfig
 from preprocess.geometry import GeometryOptions
+from shared import families
 from shared.cache import schema
-from shared.cache.reader import Cache, CacheError, Layer
+from shared.cache.reader import Cache, Layer
+from shared.errors import UserError
+from train.samples import CachedSamples
 
 T = TypeVar("T")
 
@@ -133,15 +139,15 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def read(path: Path) -> tuple[dict[tuple[str, str, str], str], list[str]]:
-    """What a reader finds in a cache (tables and all layers, by key and by number), and the sentences in which it
-    refuses the rest. Whatever does come out has to be right."""
+    """What is found in a cache (tables, all layers by key and by number, training's batches of one), and the sentences
+    in which the rest is refused. Whatever does come out has to be right."""
     found: dict[tuple[str, str, str], str] = {}
     refused: list[str] = []
 
     def attempt(reading: Callable[[], T]) -> T | None:
         try:
             return reading()
-        except CacheError as error:
+        except UserError as error:
             refused.append(str(error))
             return None
 
@@ -156,6 +162,12 @@ def read(path: Path) -> tuple[dict[tuple[str, str, str], str], list[str]]:
             if (data := attempt(lambda member=member: layer.read(key, member))) is not None:  # type: ignore[misc]
                 found[name, key, member] = schema.checksum(data)
 
+    def read_batches(samples: CachedSamples, condition: str) -> None:
+        for i in range(len(samples)):
+            if (batch := attempt(lambda i=i: samples.batch([i]))) is not None:  # type: ignore[misc]
+                data = b"".join(tensor.numpy().tobytes() for tensor in _as_bytes(batch.tensors))
+                found[f"batches of {condition}", batch.keys[0], samples.split] = schema.checksum(data)
+
     if (cache := attempt(lambda: Cache(path))) is None:
         return found, refused
     for sample in (attempt(lambda: cache.samples) or {}).values():
@@ -166,7 +178,18 @@ def read(path: Path) -> tuple[dict[tuple[str, str, str], str], list[str]]:
         if (layer := attempt(lambda name=name: cache.layer(name))) is not None:  # type: ignore[misc]
             for key, number in cache.index.numbers(layer.summary.reads).items():
                 read_layer(layer, name, key, number)
+    if cache.family not in families.names():
+        return found, refused
+    anew = Cache(path)  # so that training compares every row itself
+    for condition, split in itertools.product(anew.conditions, ("train", "validation")):
+        family = families.get(anew.family)
+        if (samples := attempt(partial(CachedSamples, anew, family, condition, split))) is not None:
+            read_batches(samples, condition)
     return found, refused
+
+
+def _as_bytes(tensors: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    return (tensors[name].contiguous().view(torch.uint8) for name in sorted(tensors))
 
 
 def reference(path: Path) -> Reference:

@@ -25,7 +25,7 @@ from shared.cache import schema
 from shared.cache.schema import CacheError, Caption, Reads, Sample
 
 FOLDER = "index"
-_BUCKETS = b"buckets"
+_BUCKETS, _ABSENT = b"buckets", b"num_absent"
 
 SAMPLES_INDEX = pa.schema([("key", pa.large_string()), ("image", pa.int32()), ("captions", pa.large_list(pa.int32()))])
 """Beside these, `caption_weights` (large_list of float32) where a sample's captions do not all weigh the same."""
@@ -76,6 +76,8 @@ class Places:
     """Of the member in bytes; -1 where the layer has nothing for the row."""
     checksums: NDArray[np.uint8]
     """(N, 16): XXH3-128 of the member, big-endian as in hex."""
+    num_absent: int = 0
+    """Rows that no shard has."""
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -120,6 +122,7 @@ class Places:
             offset=np.full(len(keys), -1, np.int64),
             length=np.full(len(keys), -1, np.int32),
             checksums=np.zeros((len(keys), 16), np.uint8),
+            num_absent=int(np.count_nonzero(~there)),
         )
         places.shard[there], places.offset[there] = shard[taken], offset[taken]
         places.length[there] = length[taken]
@@ -131,7 +134,8 @@ class Places:
         """As it is written."""
         flat = np.ascontiguousarray(self.checksums).reshape(-1)
         checksums = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(self), [None, pa.py_buffer(flat)])
-        return pa.table([self.shard, self.offset, self.length, checksums], schema=PLACES_INDEX)
+        table = pa.table([self.shard, self.offset, self.length, checksums], schema=PLACES_INDEX)
+        return table.replace_schema_metadata({_ABSENT: str(self.num_absent)})
 
     @classmethod
     def of(cls, table: pa.Table) -> Places:
@@ -141,6 +145,7 @@ class Places:
             offset=_view(table["offset"]),
             length=_view(table["length"]),
             checksums=_fixed(table["checksum"], 16),
+            num_absent=int(table.schema.metadata[_ABSENT]),
         )
 
 

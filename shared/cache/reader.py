@@ -88,11 +88,11 @@ class Layer:
             self._check_tars()
         self.verified = np.zeros(len(places), np.bool_)
         """By number: whether this process has compared the row's first member with its checksum."""
-        absent = np.flatnonzero(places.shard < 0)
-        if len(absent):
-            first = next(key for key, number in numbers().items() if number == absent[0])
+        if places.num_absent:  # it is stated, since to look would bring every row into memory
+            absent = int(np.flatnonzero(places.shard < 0)[0])
+            first = next(key for key, number in numbers().items() if number == absent)
             raise CacheError(
-                f"layer '{summary.name}' of {storage.url} has nothing for {len(absent)} of {len(places)} rows "
+                f"layer '{summary.name}' of {storage.url} has nothing for {places.num_absent} of {len(places)} rows "
                 f"(first: {first}); {schema.MEND}"
             )
 

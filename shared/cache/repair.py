@@ -135,6 +135,8 @@ class _Layer:
             table = own
             if _written_again(parquet, table):
                 yield Mended(_name(parquet), damage, num_kept=_num_rows(table))
+            elif listed is not None:  # newer than the list: whoever wrote it was stopped before writing that
+                yield Mended(f"{self.folder.name}/{schema.LAYER}", f"lists an earlier {name}")
         if (tar_damage := _tar_damage(tar, *writer.stated_tar(table))) is not None:
             kept = self._rewrite(name, _intact_rows(table, tar) if tar.is_file() else ())
             dropped = [row for row in dict.fromkeys(_row_names(table)) if row not in kept]
@@ -242,7 +244,7 @@ def _by_its_own_word(parquet: Path) -> pa.Table | None:
 
 
 def _written_again(parquet: Path, table: pa.Table) -> bool:
-    """Write an index as it would be written now; False where it is that already: newer than the list, not damaged."""
+    """Write an index as it would be written now; False where it is that already, and not damaged."""
     before = schema.file_checksum(parquet)
     return schema.write_table(parquet, table) != before
 

@@ -6,6 +6,7 @@ refers to) are told apart from damage.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def verify(where: Path | str) -> Verdict:
     with progress(total=sum(shard.tar_bytes for _, shard in shards), unit="B", title="verify") as bar:
         for summary, shard in shards:
             listed += [path / summary.folder / f"{shard.name}{end}" for end in (".tar", ".parquet")]
-            if problem := _shard_problem(path / summary.folder, summary, shard):
+            if problem := _shard_problem(path / summary.folder, summary, shard, cache):
                 verdict.problems.append(problem)
                 damaged_layers.add(summary.name)
             else:
@@ -126,7 +127,7 @@ def _verify_remote(cache: Cache) -> Verdict:
     return verdict
 
 
-def _shard_problem(folder: Path, summary: LayerSummary, shard: schema.Shard) -> str | None:
+def _shard_problem(folder: Path, summary: LayerSummary, shard: schema.Shard, cache: Cache) -> str | None:
     """What is wrong with a shard; None where every byte of its tar and index is as it was written."""
     tar = folder / f"{shard.name}.tar"
     try:
@@ -144,10 +145,25 @@ def _shard_problem(folder: Path, summary: LayerSummary, shard: schema.Shard) -> 
             if row["status"] == "ok":
                 file.seek(row["offset"])
                 if schema.checksum(file.read(row["length"])) != row["checksum"]:
-                    altered.append(f"{row['key']}.{row['member']}")
+                    altered.append(f"{row['key']}.{row['member']}{_text(cache, summary.reads, row['key'])}")
     what = f"has {size} bytes instead of {shard.tar_bytes}" if size != shard.tar_bytes else "was altered"
     whose = ", ".join(altered) if altered else "no sample's data, only the archive around it"
     return f"{tar} (layer {summary.name}) {what}: {whose}"
+
+
+_SHOWN = 60
+"""Characters of a caption."""
+
+
+def _text(cache: Cache, reads: schema.Reads, key: str) -> str:
+    """What tells a person which caption it is; nothing for samples, whose keys do."""
+    if reads != "caption":
+        return ""
+    try:
+        caption = cache.captions.get(key)
+    except CacheError:
+        return ""  # the table is a problem of its own
+    return " (wanted no more)" if caption is None else f" ({json.dumps(caption.text[:_SHOWN], ensure_ascii=False)})"
 
 
 def _unlisted(path: Path, listed: list[Path]) -> list[str]:

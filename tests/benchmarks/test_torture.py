@@ -23,14 +23,21 @@ from shared.cache import writer
 from tests.shared import small_cache
 from tests.shared.small_cache import CAPTIONS, SAMPLES, flip, folder_of, make, sample
 
-SMALL = Dose(kills=6, power_cuts=2, enospc=6, flips=24, truncations=4, worlds=1, others=1)
+SMALL = Dose(kills=6, kills_of_others=2, power_cuts=2, enospc=6, flips=24, truncations=4, worlds=1, others=1)
 
 
 def test_a_small_dose_loses_nothing_doubles_nothing_and_overlooks_nothing(tmp_path: Path) -> None:
     tally = torture(SMALL, seed=1, jobs=2, folder=tmp_path)
     assert tally.problems == []
-    counted = (tally.kills, tally.power_cuts, tally.enospc, tally.flips, tally.truncations)
-    assert counted == (SMALL.kills, SMALL.power_cuts, SMALL.enospc, SMALL.flips, SMALL.truncations)
+    counted = (tally.kills, tally.kills_of_others, tally.power_cuts, tally.enospc, tally.flips, tally.truncations)
+    assert counted == (
+        SMALL.kills,
+        SMALL.kills_of_others,
+        SMALL.power_cuts,
+        SMALL.enospc,
+        SMALL.flips,
+        SMALL.truncations,
+    )
     assert (tally.lost, tally.duplicated, tally.undetected) == (0, 0, 0)
 
 
@@ -124,7 +131,12 @@ def test_what_a_reader_refuses_is_told_from_what_it_finds(tmp_path: Path) -> Non
 
 def ended(work: Callable[[], object], folder: Path, fault: faults.Fault) -> int:
     """The exit code of `work` in a child in which `fault` strikes what it does in `folder / "here"`."""
-    return Child(lambda: work() and None, folder, lambda: install(folder / "here", fault, folder / "log")).wait().code
+
+    def command() -> int:
+        work()
+        return 0
+
+    return Child(command, folder, lambda: install(folder / "here", fault, folder / "log")).wait().code
 
 
 def test_every_change_is_an_operation(tmp_path: Path) -> None:
@@ -198,6 +210,6 @@ def test_a_shard_is_promised_when_its_index_has_its_name_and_its_folder_is_flush
 
 
 def test_a_child_that_is_killed_before_it_begins_is_a_killed_child(tmp_path: Path) -> None:
-    child = Child(lambda: signal.pause(), tmp_path)
+    child = Child(signal.pause, tmp_path)
     child.kill()
     assert child.wait().code == KILLED

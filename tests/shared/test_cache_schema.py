@@ -524,6 +524,16 @@ def test_refusal_another_process(tmp_path: Path) -> None:
     refused("another_process", twice)
 
 
+def test_refusal_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: not mode & os.W_OK)
+
+    def write() -> None:
+        with atomic.alone(tmp_path, "preprocessing into"):
+            pass
+
+    refused("read_only", write)
+
+
 # Examples and tables
 
 

@@ -56,6 +56,16 @@ def test_a_full_disk_is_a_refusal_wherever_it_was_met(capsys: pytest.CaptureFixt
     assert said.startswith("error: the disk is full: writing a file failed.")
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_file_that_may_not_be_touched_is_a_refusal_that_names_it(
+    code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exit_code, said = ends(fails_with(OSError(code, "no right", "cache/latents/00000.tar.part")), capsys)
+    assert exit_code == EXIT_REFUSED
+    assert said.startswith("error: cache/latents/00000.tar.part: no right. Nothing finished is lost; ")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "x"), AssertionError("ours"), ValueError("ours")])
 def test_our_own_mistakes_keep_their_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)):

@@ -208,6 +208,15 @@ def test_killed_at_any_rename_it_loses_at_most_the_shard_that_it_was_writing(tmp
     raise AssertionError("no end")
 
 
+def test_until_the_ordinary_run_has_followed_there_is_something_to_mend(tmp_path: Path) -> None:
+    before = content(make(tmp_path))
+    flip(latents(tmp_path) / "00000.tar", place_of(tmp_path, "latents", "s1"))
+    mend(tmp_path)
+    assert mend(tmp_path) == [Mended(f"{latents(tmp_path).name}/{schema.LAYER}", "lists an earlier 00000")]
+    assert made_again(tmp_path, before) == {"latents/s1"}
+    assert mend(tmp_path) == []
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = content(make(tmp_path))
     flip(latents(tmp_path) / "00000.tar", place_of(tmp_path, "latents", "s1"))

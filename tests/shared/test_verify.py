@@ -11,6 +11,7 @@ import pytest
 from shared.cache import schema, verify, writer
 from shared.cache.reader import Cache, CacheError
 from shared.cache.repair import mend
+from shared.cache.schema import Caption
 from shared.errors import UserError
 from tests.shared import small_cache
 from tests.shared.small_cache import content, files, flip, flipped_everywhere, folder_of, make
@@ -37,6 +38,17 @@ def test_a_flipped_bit_in_any_byte_of_a_list_is_found(tmp_path: Path, name: str)
         found += 1
     assert found > 100
     assert problems(tmp_path) == []
+
+
+def test_a_caption_is_named_by_its_text_too(tmp_path: Path) -> None:
+    make(tmp_path)
+    caption = Caption.of("a box")
+    place = Cache(tmp_path).layer("text").members(caption.id)["safetensors"]
+    flip(folder_of(tmp_path, "text") / f"{place.shard}.tar", place.offset)
+    (problem,) = problems(tmp_path)
+    assert problem.endswith(f'was altered: {caption.id}.safetensors ("a box")')
+    flip(tmp_path / schema.CAPTIONS, 60)
+    assert any(problem.endswith(f"was altered: {caption.id}.safetensors") for problem in problems(tmp_path))
 
 
 def test_a_flipped_bit_in_any_region_of_a_tar_is_found_and_says_whose_it_was(tmp_path: Path) -> None:
