@@ -129,7 +129,7 @@ class RayWorkers(Workers):
         self._calls = {reference: call for reference, call in self._calls.items() if call.worker != worker}
         # One that cannot be reached may be alive: what it still writes is in files of its own.
         self._ray.kill(self._actors.pop(worker))
-        return Died(worker, str(error).strip().splitlines()[-1].split(". ")[0][:300])
+        return Died(worker, str(error).strip().splitlines()[-1].strip().split(". ")[0][:300])
 
     def close(self) -> None:
         for actor in self._actors.values():
