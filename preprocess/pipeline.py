@@ -264,6 +264,7 @@ class _Stage:
             model=replace(self.model, path=self.model.path.absolute()),
             storage=self.storage,
             num_threads=torch.get_num_threads(),
+            working_folder=str(Path.cwd()),
         )
         by_name = {work.name: work for work in works}
         try:

@@ -47,6 +47,8 @@ class Setup:
     """The cache's."""
     num_threads: int
     """Of torch, as in the process that started the run: sums of another number of threads round otherwise."""
+    working_folder: str = "."
+    """What relative paths in options and units are relative to."""
 
 
 @dataclass

