@@ -50,7 +50,7 @@ help:
 
 $(INSTALLED): requirements.txt requirements-dev.txt requirements-ray.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	@echo "setting up $(VENV) (a few minutes and 6.5 GB, once)"
+	@echo "setting up $(VENV) (a few minutes and 7 GB, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN_PYTHON) -m pip install --quiet --upgrade pip
 	$(RUN_PYTHON) -m pip install --quiet -r requirements-dev.txt
