@@ -49,7 +49,7 @@ class Dose:
     worlds: int = 6
     """Seeds; each gives two journeys, a new cache and a changed data set."""
     others: int = 4
-    """Journeys in which two runs at once, a read-only cache and values that are not finite are tried."""
+    """Journeys in which two runs at once, Ctrl-C, a read-only cache and values that are not finite are tried."""
 
 
 def torture(dose: Dose, seed: int, jobs: int, folder: Path) -> Tally:
@@ -118,6 +118,7 @@ def _trials(dose: Dose, seed: int, worlds: list[World], folder: Path) -> Iterato
             yield partial(trials.damage_trial, worlds[i % len(worlds)], f"{seed} {kind.__name__} {i}", kind, where)
     for i, world in enumerate(worlds[: dose.others]):
         yield partial(others.two_runs, world, place("two runs", i))
+        yield from (partial(others.interrupted, world, f"{seed} {i} {j}", place("Ctrl-C", 3 * i + j)) for j in range(3))
         yield partial(others.read_only, world, place("read only", i))
         if world.start is None:
             yield partial(others.not_finite, world, place("not finite", i))

@@ -342,7 +342,8 @@ def _finished_kill_trial(
         changed = change(options, dice)
         kept = {name: stamps for name, stamps in _others(finished(cache), *changed).items() if "old-" not in name}
         while tally.kills_of_others < quota:
-            if not killed_run(command, options, world.seconds, OPERATIONS_OF_OTHERS, dice, folder, tally):
+            # They encode next to nothing.
+            if not killed_run(command, options, world.seconds / 4, OPERATIONS_OF_OTHERS, dice, folder, tally):
                 break
             if check_reading(cache, tally, world.end, where=where) and command is not repair:
                 break  # a cache that is damaged is not pruned

@@ -34,6 +34,7 @@ SIZES = ((64, 64), (96, 48), (48, 96), (80, 64))
 """Width and height of the pictures, in pixels: they fall into several buckets."""
 BLACK = "black.png"
 """A picture of nothing, which never changes."""
+BATCHES = "batches of"
 COLOURS = ("red", "green", "blue", "grey")
 
 Rows = Mapping[tuple[str, str, str], str]
@@ -166,7 +167,7 @@ def read(path: Path) -> tuple[dict[tuple[str, str, str], str], list[str]]:
         for i in range(len(samples)):
             if (batch := attempt(lambda i=i: samples.batch([i]))) is not None:  # type: ignore[misc]
                 data = b"".join(tensor.numpy().tobytes() for tensor in _as_bytes(batch.tensors))
-                found[f"batches of {condition}", batch.keys[0], samples.split] = schema.checksum(data)
+                found[f"{BATCHES} {condition}", batch.keys[0], samples.split] = schema.checksum(data)
 
     if (cache := attempt(lambda: Cache(path))) is None:
         return found, refused

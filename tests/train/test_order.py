@@ -201,6 +201,13 @@ def test_chunks_meet_others_in_every_epoch() -> None:
     assert len(windows(0) & windows(1)) <= 1
 
 
+def test_windows_come_in_another_order_in_every_epoch_those_of_all_buckets_mixed() -> None:
+    order = WindowOrder(buckets_of(320, 320), 4, 0, window=32, chunks=4)
+    turns = [tuple(batch[0] < 320 for batch in epoch(order, number)[::8]) for number in range(6)]
+    assert len(set(turns)) == 6
+    assert all(sum(turn) == 10 for turn in turns)
+
+
 def test_a_window_is_rounded_up_to_full_batches_and_says_so_in_its_state() -> None:
     order = WindowOrder(buckets_of(100), 8, 0, window=20, chunks=4)
     assert (order.chunk, order.window) == (8, 32)
