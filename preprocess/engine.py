@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from preprocess.worker import Setup
 
 MOST_DEATHS = 3
-"""A unit whose worker dies so often is at fault itself; so is a cluster whose workers die before their first unit."""
+"""A unit whose worker dies so often is at fault itself; so is a cluster whose workers die before they are ready."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,10 @@ class Engine:
             for event in self._workers.events():
                 if isinstance(event, Ready):
                     self._lanes[event.worker].ready = True
+                    self._false_starts = 0
                 elif isinstance(event, Finished):
                     given = self._lanes[event.worker].given.pop(event.unit)
                     self._count(given, len(given.unit.items) - given.rows)
-                    self._false_starts = 0
                     yield given.unit
                 else:
                     self._bury(event)
@@ -229,12 +229,12 @@ class Engine:
 
     def _bury(self, died: Died) -> None:
         lane = self._lanes[died.worker]
-        if not lane.given:
+        if not lane.ready:
             self._false_starts += 1
             if self._false_starts >= MOST_DEATHS:
                 raise UserError(
-                    f"workers die before they have done anything ({died.reason}); what is finished stays, and "
-                    "engine.kind=local shows what is wrong with one"
+                    f"workers die before they are ready ({died.reason}); what is finished stays, and engine.kind=local "
+                    "shows what is wrong with one"
                 )
         for given in lane.given.values():
             self._count(given, -given.rows)

@@ -212,7 +212,25 @@ def test_units_that_die_in_turn_by_chance_are_all_made() -> None:
     assert set(deaths.values()) == {MOST_DEATHS - 1}
 
 
-def test_workers_that_die_before_they_are_given_anything_stop_the_run() -> None:
+def test_idle_workers_may_die_as_many_as_they_are() -> None:
+    idle_deaths = 0
+
+    def when_idle(worker: int, numbers: list[int]) -> str | None:
+        nonlocal idle_deaths
+        if worker > 0 and not numbers and idle_deaths < 8:
+            idle_deaths += 1
+            return "the machine was turned off"
+        return None
+
+    workers = Scripted(5, 1, when_idle)
+    with Engine(workers, lambda *_: None) as engine:
+        assert len(list(engine.map([unit(n) for n in range(5)], 5))) == 5
+        for number in range(5, 10):  # one has something to do
+            assert len(list(engine.map([unit(number)], 1))) == 1
+    assert idle_deaths == 8
+
+
+def test_workers_that_die_before_they_are_ready_stop_the_run() -> None:
     class Stillborn(Scripted):
         def events(self) -> list[Event]:
             events: list[Event] = [Died(worker, "No module named 'torch'") for worker in self._unborn]
@@ -220,7 +238,7 @@ def test_workers_that_die_before_they_are_given_anything_stop_the_run() -> None:
             return events
 
     workers = Stillborn(2, 3, never)
-    with pytest.raises(UserError, match=r"workers die before they have done anything \(No module named 'torch'\)"):
+    with pytest.raises(UserError, match=r"workers die before they are ready \(No module named 'torch'\)"):
         mapped(workers, [unit(n) for n in range(5)])
     assert sum(workers.starts.values()) <= MOST_DEATHS + 1
     assert workers.closed
