@@ -191,7 +191,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path: Path
 
 
 def test_weights_that_are_not_finite_are_refused(annotators: Path, tmp_path: Path) -> None:
-    tensors = torch.load(annotators / "ControlNetHED.pth")
+    tensors = torch.load(annotators / "ControlNetHED.pth", weights_only=True)
     tensors["block1.projection.bias"].fill_(float("nan"))
     torch.save(tensors, tmp_path / "ControlNetHED.pth")
     with pytest.raises(UserError, match=r"cannot be loaded \(block1.projection.bias has values that are not finite"):
