@@ -21,6 +21,7 @@ from PIL import Image
 
 from preprocess.config import EncodeOptions, PreprocessConfig
 from preprocess.geometry import GeometryOptions
+from shared import atomic
 
 TEXT_LENGTH = 24
 
@@ -60,6 +61,12 @@ def preprocess_options(data: Path, cache: Path, model: Path, **changes: object) 
         **changes,
     }
     return PreprocessConfig(**fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _own_name_while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that a test starts in this process names what it writes after itself; the next test does not."""
+    monkeypatch.setattr(atomic, "_writer", "")
 
 
 @pytest.fixture(scope="session")

@@ -235,7 +235,6 @@ def test_a_unit_whose_shard_is_finished_is_not_made_again(setting: Setting, monk
 def test_of_two_tries_at_once_one_shard_comes_and_nothing_stays_of_the_other(
     setting: Setting, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "_writer", "")  # as it is afterwards
     # The worker was taken for dead, and its unit was given to another, which finishes first.
     reference = Setting(tiny_model, tmp_path, "reference")
     with reference.worker() as worker:
