@@ -15,6 +15,7 @@ from train.loader import LoaderOptions
 from train.objectives import ObjectiveOptions
 from train.optimizer import OptimizerOptions
 from train.quantize import Quantization
+from train.speed import SpeedOptions
 from train.validation import ValidationOptions
 
 
@@ -57,6 +58,7 @@ class TrainConfig:
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
@@ -97,6 +99,7 @@ class TrainConfig:
 MAY_CHANGE = (
     "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "checkpointing",
     "loader.prefetch", "loader.workers", "loader.lookahead", "loader.accumulation", "remote.",
+    "speed.compile", "speed.attention",
 )  # fmt: skip
 """Options that a resumed run may have changed without becoming another experiment. (The cache may have moved: its
 fingerprints are compared. Accumulation may change together with the number of processes: the loader compares their
