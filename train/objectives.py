@@ -101,8 +101,13 @@ class Noised:
 class Objective(Protocol):
     """What the trainer asks of an objective."""
 
-    def noise(self, x_0: torch.Tensor, generator: torch.Generator) -> Noised:
-        """Noise x_0 (B, T, C) at times and with noise drawn from `generator`: for training."""
+    def sample_t(self, B: int, generator: torch.Generator, device: torch.device | str) -> torch.Tensor:
+        """Draw t, (B,) float32, from `generator`, which is on `device`: for training. Apart from the noise, so that
+        the times of coming batches can be known before the batches are there."""
+        ...
+
+    def noise(self, x_0: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> Noised:
+        """Noise x_0 (B, T, C) at t (B,) with noise drawn from `generator`: for training."""
         ...
 
     def noise_at(self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> Noised:
@@ -140,12 +145,11 @@ class FlowMatching:
             t = options.shift * t / (1 + (options.shift - 1) * t)
         return t
 
-    def noise(self, x_0: torch.Tensor, generator: torch.Generator) -> Noised:
-        """Draw t, then noise, from `generator` (on x_0's device), and noise x_0 (B, T, C) with them.
+    def noise(self, x_0: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> Noised:
+        """Noise x_0 (B, T, C) at t (B,) with noise drawn from `generator` (on x_0's device).
 
         Noise is drawn in float32 and then cast, so that one seed means one noise whatever the dtype of x_0.
         """
-        t = self.sample_t(x_0.shape[0], generator, x_0.device)
         noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=torch.float32)
         return self.noise_at(x_0, t, noise.to(x_0.dtype))
 

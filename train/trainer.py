@@ -8,25 +8,24 @@ far as its kernels repeat themselves.
 from __future__ import annotations
 
 import importlib.util
-import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from torch.nn.parallel import DistributedDataParallel
 
 from shared import atomic, families
 from shared.cache.reader import Cache
 from shared.config import to_dict
 from shared.errors import EXIT_REFUSED, UserError
-from shared.families.base import Batch, Family
+from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import component, components_table, progress, quiet_libraries, say, warn
 from train import checkpoints
@@ -38,7 +37,8 @@ from train.optimizer import Optimizer, learning_rate
 from train.quantize import place_base
 from train.run import Run
 from train.samples import CachedSamples
-from train.validation import Validation, flatten, seed_of
+from train.step import Step
+from train.validation import Validation, flatten
 
 
 def train(options: TrainConfig) -> int:
@@ -237,6 +237,12 @@ class Trainer:
                 find_unused_parameters=self.adapter.has_idle_parameters,
             )
         self.objective: Objective = FlowMatching(options.objective)
+        self.step = Step(
+            family, self.adapter, self.objective, self.optimizer,
+            recipes=self.samples.recipes, seed=options.seed, device=self.device, dtype=self.dtype,
+            condition_draw=options.loader.condition_draw, clip_norm=options.optimizer.clip_norm,
+            accelerator=accelerator,
+        )  # fmt: skip
         self.validation = None
         if len(held_out) and accelerator.is_main_process:
             self.validation = Validation(
@@ -290,7 +296,7 @@ class Trainer:
             for batches in steps:
                 step = self.loader.step  # counts from 1: this step's number
                 began = time.perf_counter()
-                figures = self.step(batches)
+                figures = self.step(batches, step, learning_rate(options.optimizer, step - 1, options.steps))
                 figures["data_wait_seconds"] = self.loader.waited_seconds
                 figures["step_seconds"] = time.perf_counter() - began
                 if step > first:
@@ -311,64 +317,6 @@ class Trainer:
                     break
                 del batches  # their memory serves for the next ones
         return share
-
-    def step(self, batches: list[Batch]) -> dict[str, float]:
-        """One optimizer step on the batches of one step. Raises `UserError` naming the samples where the loss or the
-        gradient is not finite, before any weight has moved."""
-        options, step = self.options, self.loader.step
-        self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        losses: list[torch.Tensor] = []
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.adapter.module):
-                loss = self.loss(batch)  # (B,)
-                # The mean over all samples of the step, whatever the sizes of its batches; DDP averages over processes.
-                share = loss.sum() / batch.step_samples * self.accelerator.num_processes
-                self.accelerator.backward(share)
-            losses.append(loss.detach())
-            total += share.detach()
-        norm = self.optimizer.clip(options.optimizer.clip_norm)
-        mean = self.accelerator.reduce(total, reduction="mean") if self.accelerator.num_processes > 1 else total
-        loss_value, norm_value = torch.stack([mean, norm.to(mean)]).tolist()  # the step's one wait for the device
-        self._refuse_non_finite(batches, losses, loss_value, norm_value)
-        rate = learning_rate(options.optimizer, step - 1, options.steps)
-        rounding = torch.Generator(self.device).manual_seed(seed_of(options.seed, step, 2))
-        self.optimizer.step(rate, rounding)
-        return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The loss of each sample, (B,) fp32: the method itself."""
-        family, recipes = self.family, self.samples.recipes
-        generator = torch.Generator(self.device).manual_seed(seed_of(self.options.seed, batch.position, 3))
-        x_0 = family.model_latents(batch.role("latents"), recipes["latents"], generator, self.dtype)
-        condition = family.model_latents(
-            batch.role("condition_latents"),
-            recipes["condition_latents"],
-            generator if self.options.loader.condition_draw else None,
-            self.dtype,
-        )
-        inputs = family.inputs(batch, condition, self.dtype)
-        noised = self.objective.noise(x_0, generator)  # x_t, t, target, weight
-        prediction = self.adapter.predict(noised.x_t, noised.t, inputs)  # (B, T, C)
-        return self.objective.loss(prediction, noised)
-
-    def _refuse_non_finite(self, batches: list[Batch], losses: list[torch.Tensor], loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        pairs = [
-            (key, value) for batch, each in zip(batches, losses, strict=True)
-            for key, value in zip(batch.keys, each.tolist(), strict=True)
-        ]  # fmt: skip
-        if self.accelerator.num_processes > 1:  # all processes come here together: loss and norm are everyone's
-            pairs = gather_object(pairs)
-        guilty = [key for key, value in pairs if not math.isfinite(value)]
-        what = f"loss {loss}" if guilty else f"gradient norm {norm}"
-        whose = f"of sample(s) {', '.join(guilty)}" if guilty else f"in a step of {', '.join(key for key, _ in pairs)}"
-        raise UserError(
-            f"step {self.loader.step}: the {what} is not finite {whose}; the optimizer did not step. The same command "
-            "would come here again: look at these samples, or try a lower optimizer.learning_rate under another NAME"
-        )
 
     def _look(self, step: int) -> None:
         """Held-out losses and pictures when they are due, on the main process; the others wait."""

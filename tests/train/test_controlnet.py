@@ -95,7 +95,8 @@ class Reference:
             x_0 = self.latents([placed_image(self.data, sample) for sample in samples], draw)
             pages = [Image.open(io.BytesIO(drawings.read(key, "0.png"))).convert("RGB") for key in batch.keys]
             condition = self.latents(pages, draw)
-            t = torch.sigmoid(torch.randn(len(samples), generator=draw))
+            times = torch.Generator().manual_seed(seed_of(seed, batch.position, 4))
+            t = torch.sigmoid(torch.randn(len(samples), generator=times))
             noise = torch.randn(x_0.shape, generator=draw)
             captions = self.captions(batch)
             prompt_embeds, pooled, text_ids = pipeline.encode_prompt(
@@ -133,7 +134,7 @@ def step_and_reference(
     iterator = iter(trainer.loader)
     batches = next(iterator)
     iterator.close()
-    figures = trainer.step(batches)
+    figures = trainer.step(batches, 1, 2e-5)
     expected = torch.cat([reference.losses(batch, seed=5) for batch in batches]).mean()
     expected.backward()
     gradients = {name: p.grad for name, p in reference.pipeline.controlnet.named_parameters() if p.grad is not None}
@@ -180,7 +181,7 @@ def test_the_int8_base_hardly_turns_the_gradient(tiny_cache: Path, tmp_path: Pat
     for base in ("none", "int8"):
         trainer = trainer_of(train_options(tiny_cache, tmp_path, base=base, optimizer={"clip_norm": 0.0}))
         randomize(trainer.adapter.controlnet)
-        trainer.step([batch_of(tiny_cache)])
+        trainer.step([batch_of(tiny_cache)], 1, 2e-5)
         gradients.append(
             torch.cat([p.grad.double().flatten() for _, p in trainer.adapter.named_parameters() if p.grad is not None])
         )
@@ -258,14 +259,14 @@ def test_weights_in_fp32_are_computed_in_bf16_and_get_fp32_gradients(tiny_cache:
     randomize(trainer.adapter.controlnet)
     batch = batch_of(tiny_cache)
     batch.step_samples = 2
-    loss = trainer.loss(batch)
+    loss = trainer.step.loss(batch)
     loss.sum().backward()
     assert loss.dtype == torch.float32
     assert {p.grad.dtype for _, p in trainer.adapter.named_parameters() if p.grad is not None} == {torch.float32}
     assert next(trainer.adapter.base.parameters()).dtype == torch.bfloat16
     exact = trainer_of(train_options(tiny_cache, tmp_path))
     randomize(exact.adapter.controlnet)
-    torch.testing.assert_close(loss, exact.loss(batch), rtol=0.02, atol=0)
+    torch.testing.assert_close(loss, exact.step.loss(batch), rtol=0.02, atol=0)
 
 
 def test_bf16_weights_in_an_fp32_computation_are_refused(tiny_cache: Path, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def noise_losses(trainer: trainer.Trainer) -> float:
     """The training loss over the same 32 batches of noise and times."""
     batches = [trainer.loader.make(position) for position in range(32)]
     with torch.no_grad():
-        return torch.cat([trainer.loss(batch) for batch in batches]).mean().item()
+        return torch.cat([trainer.step.loss(batch) for batch in batches]).mean().item()
 
 
 # --- non-finite -----------------------------------------------------------------------------------------------------
@@ -184,13 +184,13 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_moves_nothing(
 ) -> None:
     made = trainer_of(train_options(tiny_cache, tmp_path, loader={"batch_size": 3, "accumulation": 2}))
     with closing(iter(made.loader)) as steps:
-        made.step(next(steps))
+        made.step(next(steps), 1, 2e-5)
         weights = {name: p.detach().clone() for name, p in made.adapter.named_parameters()}
         state = {name: tensor.clone() for name, tensor in made.optimizer.state()[0].items()}
         batches = next(steps)
         batches[1].tensors["latents.mean"][-1, 0, 0, 0] = torch.nan
         with pytest.raises(UserError) as refusal:
-            made.step(batches)
+            made.step(batches, 2, 2e-5)
     named = re.search(r"of sample\(s\) (\S+); the optimizer did not step", str(refusal.value))
     assert named is not None
     assert named[1] == batches[1].keys[-1]
@@ -211,7 +211,7 @@ def test_a_gradient_that_is_not_finite_names_the_step_s_samples_and_moves_nothin
     with closing(iter(made.loader)) as steps:
         batches = next(steps)
         with pytest.raises(UserError) as refusal:
-            made.step(batches)
+            made.step(batches, 1, 2e-5)
     assert f"is not finite in a step of {', '.join(batches[0].keys)}; the optimizer did not step" in str(refusal.value)
     assert "gradient norm" in str(refusal.value)
     assert all(torch.equal(p, weights[name]) for name, p in made.adapter.named_parameters())

@@ -1,0 +1,137 @@
+"""One optimizer step, the method itself: on whatever base and ControlNet it is given, real, random or fake tensors.
+
+Training, the benchmarks and the plan that counts memory all run this one. A step is a function of (weights, batches,
+seed): times, noise and rounding are drawn from the seed and a position.
+
+Letters: B samples in a batch, T image tokens, C channels of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shared.errors import UserError
+from shared.families.base import Batch, Family
+from train.adapters.controlnet import ControlNetAdapter
+from train.objectives import Objective
+from train.optimizer import Optimizer
+from train.validation import seed_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+ROUNDING, NOISE, TIMES = 2, 3, 4
+"""Ends of the seeds of what a step draws."""
+
+
+class Step:
+    """What happens between two states of the weights."""
+
+    def __init__(
+        self,
+        family: Family,
+        adapter: ControlNetAdapter,
+        objective: Objective,
+        optimizer: Optimizer,
+        *,
+        recipes: Mapping[str, Any],
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        condition_draw: bool = True,
+        clip_norm: float = 1.0,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        """`recipes`: layer to recipe, of the cache. `dtype` is that of the computation. `condition_draw`: draw the
+        condition's latents from their posterior. `accelerator`: only where several processes step together."""
+        self.family, self.adapter, self.objective, self.optimizer = family, adapter, objective, optimizer
+        self.recipes, self.seed, self.device, self.dtype = recipes, seed, device, dtype
+        self.condition_draw, self.clip_norm = condition_draw, clip_norm
+        self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+
+    def times(self, position: int, B: int) -> torch.Tensor:
+        """t of batch number `position`, (B,) fp32 on the CPU: known before the batch is there."""
+        return self.objective.sample_t(B, self._generator("cpu", position, TIMES), "cpu")
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The loss of each sample, (B,) fp32: the method itself."""
+        family, recipes = self.family, self.recipes
+        generator = self._generator(self.device, batch.position, NOISE)
+        x_0 = family.model_latents(batch.role("latents"), recipes["latents"], generator, self.dtype)
+        condition = family.model_latents(
+            batch.role("condition_latents"),
+            recipes["condition_latents"],
+            generator if self.condition_draw else None,
+            self.dtype,
+        )
+        inputs = family.inputs(batch, condition, self.dtype)
+        t = self.times(batch.position, len(batch)).to(self.device, non_blocking=True)
+        noised = self.objective.noise(x_0, t, generator)  # x_t, t, target, weight
+        prediction = self.adapter.predict(noised.x_t, noised.t, inputs)  # (B, T, C)
+        return self.objective.loss(prediction, noised)
+
+    def backward(self, batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Gradients of the mean loss over all samples of the step, whatever the sizes of its batches, added to those
+        that are there. Back come this process's share of that loss, 0-dim, and each batch's losses (B,), all fp32 on
+        the device: nothing waits for it here."""
+        total = torch.zeros((), device=self.device)
+        losses: list[torch.Tensor] = []
+        for i, batch in enumerate(batches):
+            with self._gradients_stay(i == len(batches) - 1):
+                loss = self.loss(batch)  # (B,)
+                share = loss.sum() / batch.step_samples
+                if self.accelerator is None:
+                    share.backward()
+                else:  # DDP averages gradients over processes: the sum is wanted
+                    self.accelerator.backward(share * self.accelerator.num_processes)
+            losses.append(loss.detach())
+            total += share.detach()
+        return total, losses
+
+    def __call__(self, batches: list[Batch], step: int, rate: float) -> dict[str, float]:
+        """Step number `step` (the first is 1) at this learning rate. Raises `UserError` naming the samples where the
+        loss or the gradient is not finite, before any weight has moved."""
+        self.optimizer.zero_grad()
+        total, losses = self.backward(batches)
+        norm = self.optimizer.clip(self.clip_norm)
+        if self.accelerator is not None:
+            total = self.accelerator.reduce(total, reduction="sum")
+        loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()  # the step's one wait for the device
+        self._refuse_non_finite(batches, losses, step, loss_value, norm_value)
+        self.optimizer.step(rate, self._generator(self.device, step, ROUNDING))
+        return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
+
+    def _generator(self, device: torch.device | str, number: int, what: int) -> torch.Generator:
+        return torch.Generator(device).manual_seed(seed_of(self.seed, number, what))
+
+    def _gradients_stay(self, last: bool) -> AbstractContextManager[object]:
+        """Of several batches only the last one's backward brings the processes' gradients together."""
+        if last or self.accelerator is None:
+            return nullcontext()
+        return self.accelerator.no_sync(self.adapter.module)
+
+    def _refuse_non_finite(
+        self, batches: list[Batch], losses: list[torch.Tensor], step: int, loss: float, norm: float
+    ) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        pairs = [
+            (key, value) for batch, each in zip(batches, losses, strict=True)
+            for key, value in zip(batch.keys, each.tolist(), strict=True)
+        ]  # fmt: skip
+        if self.accelerator is not None:  # all processes come here together: loss and norm are everyone's
+            from accelerate.utils import gather_object
+
+            pairs = gather_object(pairs)
+        guilty = [key for key, value in pairs if not math.isfinite(value)]
+        what = f"loss {loss}" if guilty else f"gradient norm {norm}"
+        whose = f"of sample(s) {', '.join(guilty)}" if guilty else f"in a step of {', '.join(key for key, _ in pairs)}"
+        raise UserError(
+            f"step {step}: the {what} is not finite {whose}; the optimizer did not step. The same command "
+            "would come here again: look at these samples, or try a lower optimizer.learning_rate under another NAME"
+        )
