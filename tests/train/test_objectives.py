@@ -20,6 +20,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def drawn(objective: FlowMatching, x_0: torch.Tensor, draw: torch.Generator) -> Noised:
+    """Times, then noise, from one generator."""
+    return objective.noise(x_0, objective.sample_t(len(x_0), draw, "cpu"), draw)
+
+
 def latents(seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(B, T, C, generator=generator(seed)).to(dtype)
 
@@ -56,13 +61,13 @@ def test_the_target_is_the_derivative_of_x_t() -> None:
 
 def test_stepping_from_x_t_along_the_target_reaches_the_data() -> None:
     x_0 = latents()
-    noised = flow().noise(x_0, generator())
+    noised = drawn(flow(), x_0, generator())
     torch.testing.assert_close(noised.x_t - noised.t.view(B, 1, 1) * noised.target, x_0, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_and_dtypes_are_as_documented(dtype: torch.dtype) -> None:
-    noised = flow().noise(latents(dtype=dtype), generator())
+    noised = drawn(flow(), latents(dtype=dtype), generator())
     assert (noised.x_t.shape, noised.x_t.dtype) == ((B, T, C), dtype)
     assert (noised.target.shape, noised.target.dtype) == ((B, T, C), torch.float32)
     assert (noised.t.shape, noised.t.dtype) == ((B,), torch.float32)
@@ -91,7 +96,7 @@ def test_image_shaped_latents_are_noised_alike() -> None:
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "mode", "shifted"])
 def test_the_same_seed_draws_the_same_and_another_seed_does_not(timesteps: str) -> None:
     x_0, objective = latents(), flow(timesteps=timesteps)
-    first, again, other = (objective.noise(x_0, generator(seed)) for seed in (7, 7, 8))
+    first, again, other = (drawn(objective, x_0, generator(seed)) for seed in (7, 7, 8))
     assert torch.equal(first.t, again.t)
     assert torch.equal(first.x_t, again.x_t)
     assert not torch.equal(first.t, other.t)
@@ -101,13 +106,13 @@ def test_the_same_seed_draws_the_same_and_another_seed_does_not(timesteps: str) 
 def test_the_global_random_state_is_neither_read_nor_moved() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    flow().noise(latents(), generator())
+    drawn(flow(), latents(), generator())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_noise_is_t_then_noise_from_one_generator_and_equals_noise_at() -> None:
+def test_noise_at_drawn_times_equals_noise_at_with_that_noise() -> None:
     x_0, objective = latents(), flow()
-    noised = objective.noise(x_0, generator(5))
+    noised = drawn(objective, x_0, generator(5))
     by_hand = generator(5)
     t = objective.sample_t(B, by_hand, "cpu")
     given = objective.noise_at(x_0, t, torch.randn(B, T, C, generator=by_hand))
@@ -117,7 +122,7 @@ def test_noise_is_t_then_noise_from_one_generator_and_equals_noise_at() -> None:
 
 def test_one_seed_means_one_noise_whatever_the_dtype() -> None:
     x_0 = torch.zeros(B, T, C)
-    full, half = flow().noise(x_0, generator(5)), flow().noise(x_0.bfloat16(), generator(5))
+    full, half = drawn(flow(), x_0, generator(5)), drawn(flow(), x_0.bfloat16(), generator(5))
     assert torch.equal(full.t, half.t)
     assert torch.equal(full.target.bfloat16().float(), half.target)
 
@@ -236,7 +241,7 @@ def test_the_weight_at_cosmap_integrates_to_one() -> None:
 @pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
 def test_the_loss_is_each_sample_s_weighted_mean_squared_error(weighting: str) -> None:
     objective = flow(weighting=weighting)
-    noised, prediction = objective.noise(latents(), generator()), latents(9)
+    noised, prediction = drawn(objective, latents(), generator()), latents(9)
     loss = objective.loss(prediction, noised)
     assert (loss.shape, loss.dtype) == ((B,), torch.float32)
     for sample in range(B):
@@ -249,7 +254,7 @@ def test_the_loss_is_each_sample_s_weighted_mean_squared_error(weighting: str) -
 
 
 def test_a_perfect_prediction_loses_nothing_and_a_sample_s_loss_is_its_own() -> None:
-    noised = flow().noise(latents(), generator())
+    noised = drawn(flow(), latents(), generator())
     assert torch.equal(flow().loss(noised.target, noised), torch.zeros(B))
     prediction = noised.target.clone()
     prediction[2] += 1
@@ -257,7 +262,7 @@ def test_a_perfect_prediction_loses_nothing_and_a_sample_s_loss_is_its_own() -> 
 
 
 def test_a_bf16_prediction_is_compared_in_float32_and_gets_gradients_in_bf16() -> None:
-    noised = flow().noise(latents(dtype=torch.bfloat16), generator())
+    noised = drawn(flow(), latents(dtype=torch.bfloat16), generator())
     prediction = latents(9, torch.bfloat16).requires_grad_()
     loss = flow().loss(prediction, noised)
     assert torch.equal(loss, (prediction.float() - noised.target).square().flatten(1).mean(1))
@@ -273,12 +278,12 @@ def test_shapes_that_do_not_fit_are_caught() -> None:
     with pytest.raises(AssertionError, match="noise"):
         flow().noise_at(x_0, torch.zeros(B), x_0[:1])
     with pytest.raises(AssertionError, match="for"):
-        flow().loss(x_0[..., :1], flow().noise(x_0, generator()))
+        flow().loss(x_0[..., :1], drawn(flow(), x_0, generator()))
 
 
 def test_flow_matching_is_an_objective() -> None:
     objective: Objective = flow()  # mypy holds the signatures
-    assert objective.loss(latents(), objective.noise(latents(), generator())).shape == (B,)
+    assert objective.loss(latents(), drawn(objective, latents(), generator())).shape == (B,)
 
 
 # --- options --------------------------------------------------------------------------------------------------------
