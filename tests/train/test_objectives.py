@@ -20,7 +20,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def drawn(objective: FlowMatching, x_0: torch.Tensor, draw: torch.Generator) -> Noised:
+def drawn(objective: Objective, x_0: torch.Tensor, draw: torch.Generator) -> Noised:
     """Times, then noise, from one generator."""
     return objective.noise(x_0, objective.sample_t(len(x_0), draw, "cpu"), draw)
 
@@ -324,8 +324,8 @@ def test_the_defaults_are_possible_and_all_in_use() -> None:
 def test_options_without_effect_are_named(timesteps: Any, unused: list[str]) -> None:
     changed: dict[str, Any] = {"logit_mean": 1.0, "logit_std": 2.0, "mode_scale": 0.5, "shift": 2.0}
     x_0 = latents()
-    plain = flow(timesteps=timesteps).noise(x_0, generator())
+    plain = drawn(flow(timesteps=timesteps), x_0, generator())
     assert ObjectiveOptions(timesteps=timesteps, weighting="cosmap", **changed).unused() == unused
     for name, value in changed.items():  # and the claim is true
-        noised = flow(timesteps=timesteps, **{name: value}).noise(x_0, generator())
+        noised = drawn(flow(timesteps=timesteps, **{name: value}), x_0, generator())
         assert torch.equal(noised.t, plain.t) == (name in unused)
