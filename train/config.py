@@ -10,6 +10,7 @@ from typing import Literal
 from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
 from train.adapters.controlnet import ControlNetOptions, parse_depth
+from train.budget import MemoryOptions
 from train.checkpoints import CheckpointOptions
 from train.loader import LoaderOptions
 from train.objectives import ObjectiveOptions
@@ -47,12 +48,11 @@ class TrainConfig:
     """How the frozen base is held: int8 weights (12 GB for FLUX.1-dev) or as they are (24 GB in bf16)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the computation. auto: bf16 on a GPU, fp32 on the CPU."""
-    checkpointing: bool = False
-    """Recompute activations in backward instead of keeping them: turn on where memory runs out."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where curves and pictures go beside metrics.jsonl. wandb has to be installed."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU where there is one."""
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     controlnet: ControlNetOptions = field(default_factory=ControlNetOptions)
     loader: LoaderOptions = field(default_factory=LoaderOptions)
     remote: RemoteOptions = field(default_factory=RemoteOptions)
@@ -77,6 +77,7 @@ class TrainConfig:
                 f"NAME '{self.run_name}' must be one word of letters, digits and . _ + -, a letter or digit first"
             )
         for part in (
+            self.memory,
             self.controlnet,
             self.loader,
             self.remote,
@@ -97,7 +98,7 @@ class TrainConfig:
 
 
 MAY_CHANGE = (
-    "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "checkpointing",
+    "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "memory.",
     "loader.prefetch", "loader.workers", "loader.lookahead", "loader.accumulation", "remote.",
     "speed.compile", "speed.attention",
 )  # fmt: skip

@@ -38,6 +38,9 @@ class LoaderOptions:
     """Samples of one model call. Prefer a larger batch to accumulation while memory allows."""
     accumulation: int = 1
     """Batches whose gradients make one optimizer step, per process."""
+    global_batch: int | None = None
+    """Samples of one optimizer step over all processes. Batch size, accumulation and how much is recomputed are then
+    chosen together, for speed within the memory there is; a run that goes on keeps what it had."""
     caption_dropout: float = 0.1
     """Share of samples that are trained with the empty caption, so that the condition must carry the picture."""
     condition_draw: bool = True
@@ -74,6 +77,13 @@ class LoaderOptions:
         for name in ("batch_size", "accumulation", "window", "workers", "prefetch", "lookahead"):
             if getattr(self, name) < 1:
                 raise UserError(f"loader.{name} must be 1 or more, not {getattr(self, name)}")
+        if self.global_batch is not None:
+            if self.global_batch < 1:
+                raise UserError(f"loader.global_batch must be 1 or more, not {self.global_batch}")
+            if (self.batch_size, self.accumulation) != (1, 1):
+                raise UserError(
+                    "loader.global_batch chooses loader.batch_size and loader.accumulation: leave those out, or it"
+                )
         if not 0 <= self.caption_dropout <= 1:
             raise UserError(f"loader.caption_dropout is a share from 0 to 1, not {self.caption_dropout}")
 

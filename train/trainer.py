@@ -223,7 +223,7 @@ class Trainer:
         base = place_base(base, self.device, options.base)
         self.components = [component(f"{family.name} base", base), component("controlnet", controlnet)]
         self.adapter = ControlNetAdapter(family, base, controlnet, options.controlnet)
-        if options.checkpointing:
+        if options.memory.recompute == "all":
             self.adapter.enable_checkpointing()
         self.optimizer = Optimizer(options.optimizer, dict(self.adapter.named_parameters()))
         if checkpoint is not None:

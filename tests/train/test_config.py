@@ -14,6 +14,7 @@ import yaml
 from shared import config
 from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
+from train.budget import MemoryOptions
 from train.config import TrainConfig, changed_experiment
 from train.loader import LoaderOptions
 from train.optimizer import OptimizerOptions
@@ -95,7 +96,8 @@ def changed(**changes: Any) -> dict[str, tuple[object, object]]:
 
 
 def test_where_how_long_and_how_it_is_watched_may_change() -> None:
-    assert not changed(steps=5, cache="elsewhere", runs="r", name="n", device="cpu", tracker="none", checkpointing=True)
+    assert not changed(steps=5, cache="elsewhere", runs="r", name="n", device="cpu", tracker="none")
+    assert not changed(memory=MemoryOptions(budget="24GB", recompute="all"))
     assert not changed(loader=LoaderOptions(prefetch=9, accumulation=2, workers=7, lookahead=5))
     assert not changed(remote=RemoteOptions(downloads=3, folder="elsewhere"))
 

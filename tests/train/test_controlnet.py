@@ -161,7 +161,7 @@ def assert_same_gradients(trainer: Trainer, expected: dict[str, torch.Tensor]) -
     [
         {"depth": "1-1"},
         {"depth": "2-2", "loader": {"batch_size": 2, "accumulation": 2, "caption_dropout": 0.5}},
-        {"depth": "1-2", "checkpointing": True},
+        {"depth": "1-2", "memory": {"recompute": "all"}},
     ],
     ids=["batch-of-2", "accumulation", "checkpointing"],
 )

@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adamw-fp32": {"optimizer": {"kind": "adamw"}},
     "adamw8bit-fp32": {"optimizer": {"kind": "adamw8bit"}},
     "adamw8bit-bf16": {"optimizer": {"kind": "adamw8bit"}, "precision": "bf16"},
-    "accumulation": {"loader": {"accumulation": 2}, "checkpointing": True},
+    "accumulation": {"loader": {"accumulation": 2}, "memory": {"recompute": "all"}},
 }
 
 
