@@ -213,7 +213,9 @@ class Trainer:
         self.dtype, weights = _dtypes(options, self.device)
         if (start := options.controlnet.start_from) is None:
             base = family.load_base(model, self.dtype)
-            controlnet = family.make_controlnet(base, *parse_depth(options.depth), options.controlnet.embedder)
+            controlnet = family.make_controlnet(
+                model, *parse_depth(options.depth), options.controlnet.embedder, weights
+            )
         else:  # it may since have been moved: a run that goes on has its own copy
             source = start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET)
             controlnet = family.load_controlnet(source, weights)

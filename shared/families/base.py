@@ -191,14 +191,49 @@ class Family(ABC):
         """The frozen base on the CPU, not quantized."""
 
     @abstractmethod
+    def make_base(self, model: ModelFolder | None = None) -> torch.nn.Module:
+        """The base without its weights: frozen, on the meta device, what is not in the weights' files made for good.
+        Reads `config.json` alone; without a `model` it is `default_model`'s, which then need not be on this machine."""
+
+    @abstractmethod
+    def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
+        """The transformer blocks of a base or of a ControlNet, in the order in which they run."""
+
+    @abstractmethod
+    def modulations(self, base: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """Qualified name to module of the layers that act on the time embedding alone: nothing that is trained comes
+        before them, so that what they give can be computed ahead."""
+
+    @abstractmethod
+    def time_embedding(
+        self, base: torch.nn.Module, t: torch.Tensor, guidance: float, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, D): what the `modulations` are called with, for t (B,) in [0, 1] and the pooled text embedding (B, P) in
+        the base's dtype. Computed as the base's own forward does it, to the bit."""
+
+    @abstractmethod
     def max_depth(self, model: ModelFolder) -> tuple[int, int]:
         """The deepest ControlNet that this base can initialise: (num_layers, num_single_layers)."""
 
     @abstractmethod
-    def make_controlnet(
-        self, base: torch.nn.Module, num_layers: int, num_single_layers: int, embedder: Literal["copy", "zero"]
+    def make_empty_controlnet(
+        self, num_layers: int, num_single_layers: int, model: ModelFolder | None = None
     ) -> torch.nn.Module:
-        """A ControlNet with the base's own first blocks, not quantized; asserts that they are equal."""
+        """A ControlNet for this base without its weights, on the meta device. Without a `model`: for `default_model`,
+        which then need not be on this machine."""
+
+    @abstractmethod
+    def make_controlnet(
+        self,
+        model: ModelFolder,
+        num_layers: int,
+        num_single_layers: int,
+        embedder: Literal["copy", "zero"],
+        dtype: torch.dtype,
+    ) -> torch.nn.Module:
+        """A ControlNet on the CPU with the base's own first blocks. Of the base's files only these are read.
+
+        Raises `UserError` where the files lack one of them."""
 
     @abstractmethod
     def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -39,6 +39,18 @@ _MOMENTS = (
     Field("std", "as encoded", "16 h w", "standard deviation of the posterior, raw"),
 )
 
+FLUX_1_DEV: Mapping[str, Any] = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56), "guidance_embeds": True, "in_channels": 64,
+    "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38, "patch_size": 1,
+    "pooled_projection_dim": 768,
+}  # fmt: skip
+"""`transformer/config.json` of black-forest-labs/FLUX.1-dev: what is planned and measured where the model is not."""
+
+_DOUBLE_NORMS = ("norm1", "norm1_context")
+_CONTROLNETS_OWN = ("controlnet_blocks.", "controlnet_single_blocks.", "controlnet_x_embedder.")
+"""What a ControlNet has and its base has not: zero at first, so that it changes nothing."""
+
 
 class Flux(Family):
     """FLUX.1-dev and its relatives of the same classes."""
@@ -184,30 +196,80 @@ class Flux(Family):
         model.weights("transformer")
         return FluxTransformer2DModel.from_pretrained(model.path / "transformer", dtype=dtype).eval()
 
+    def make_base(self, model: ModelFolder | None = None) -> torch.nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        with torch.device("meta"):
+            base = FluxTransformer2DModel.from_config(FLUX_1_DEV if model is None else model.config("transformer"))
+        assert not list(base.buffers()), "what is in no file would stay without numbers"
+        return base.eval().requires_grad_(False)
+
+    def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
+        lists = (module.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
+        return [block for blocks in lists for block in blocks.children()]
+
+    def modulations(self, base: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        num_layers, num_single_layers = _config(base)["num_layers"], _config(base)["num_single_layers"]
+        names = [f"transformer_blocks.{i}.{norm}.linear" for i in range(num_layers) for norm in _DOUBLE_NORMS]
+        names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(num_single_layers)]
+        return {name: base.get_submodule(name) for name in [*names, "norm_out.linear"]}
+
+    def time_embedding(
+        self, base: torch.nn.Module, t: torch.Tensor, guidance: float, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        # Rounded to the model's dtype before the multiplication, as the model does: in bf16 another time, else.
+        dtype = base.get_parameter("x_embedder.weight").dtype
+        times = [t.to(dtype) * 1000]
+        if _config(base)["guidance_embeds"]:
+            times.append(_guidance(guidance, t).to(dtype) * 1000)
+        return torch.nn.functional.silu(base.get_submodule("time_text_embed")(*times, pooled))
+
     def max_depth(self, model: ModelFolder) -> tuple[int, int]:
         config = model.config("transformer")
         return config["num_layers"], config["num_single_layers"]
 
-    def make_controlnet(
-        self, base: torch.nn.Module, num_layers: int, num_single_layers: int, embedder: Literal["copy", "zero"]
+    def make_empty_controlnet(
+        self, num_layers: int, num_single_layers: int, model: ModelFolder | None = None
     ) -> torch.nn.Module:
         from diffusers import FluxControlNetModel
 
-        # diffusers defaults these two to FLUX.1-dev's own; taken from the base they fit any base.
-        controlnet = FluxControlNetModel.from_transformer(
-            base,
-            num_layers=num_layers,
-            num_single_layers=num_single_layers,
-            attention_head_dim=_config(base)["attention_head_dim"],
-            num_attention_heads=_config(base)["num_attention_heads"],
-        ).to(next(base.parameters()).dtype)
-        if embedder == "copy":
+        config = dict(_config(self.make_base(model)))  # with the defaults of the base's own class
+        config |= {"num_layers": num_layers, "num_single_layers": num_single_layers}
+        with torch.device("meta"):
+            return FluxControlNetModel.from_config(config)
+
+    def make_controlnet(
+        self,
+        model: ModelFolder,
+        num_layers: int,
+        num_single_layers: int,
+        embedder: Literal["copy", "zero"],
+        dtype: torch.dtype,
+    ) -> torch.nn.Module:
+        controlnet = self.make_empty_controlnet(num_layers, num_single_layers, model)
+        expected = controlnet.state_dict()
+        weights = {
+            name: torch.zeros(tensor.shape, dtype=dtype)
+            for name, tensor in expected.items()
+            if name.startswith(_CONTROLNETS_OWN)
+        }
+        prefixes = ["time_text_embed.", "context_embedder.", "x_embedder."]
+        prefixes += [f"transformer_blocks.{i}." for i in range(num_layers)]
+        prefixes += [f"single_transformer_blocks.{i}." for i in range(num_single_layers)]
+        for prefix in prefixes:
+            for name, tensor in model.tensors("transformer", prefix):
+                weights[name] = tensor.to(dtype, copy=True)  # not the file's own pages: they shall be trained
+        if embedder == "copy" and "x_embedder.weight" in weights:
             # With both ends zero no gradient reaches the condition until the output layers have moved. The outputs
             # stay zero, so the first step is the same exact no-op.
-            with torch.no_grad():
-                own = controlnet.get_parameter("controlnet_x_embedder.weight")
-                own.copy_(base.get_parameter("x_embedder.weight"))
-        _assert_copied(controlnet, base)
+            weights["controlnet_x_embedder.weight"] = weights["x_embedder.weight"].clone()
+        wrong = [n for n, tensor in expected.items() if n not in weights or weights[n].shape != tensor.shape]
+        if wrong:
+            raise UserError(
+                f"model {model.name}: its transformer's weights do not fit its config.json: {len(wrong)} tensors of "
+                f"the first blocks are missing or of another shape (as {wrong[0]}); download the model again"
+            )
+        controlnet.load_state_dict(weights, assign=True)
         return controlnet
 
     def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -471,17 +533,6 @@ def resolve_controlnet(source: str) -> Path:
     return resolve(source, components=(), extra=("*.json", "*.safetensors")).path
 
 
-def _assert_copied(controlnet: torch.nn.Module, base: torch.nn.Module) -> None:
-    """Every tensor that the ControlNet shares with the base by name is equal to it: diffusers loads the blocks with
-    `strict=False`, which from a quantized base would silently leave random ones."""
-    ours, theirs = controlnet.state_dict(), base.state_dict()
-    own = ("controlnet_blocks.", "controlnet_single_blocks.", "controlnet_x_embedder.", "controlnet_mode_embedder.")
-    for name, tensor in ours.items():
-        if not name.startswith(own):
-            assert name in theirs, f"the base has no '{name}' to copy: was it quantized before?"
-            assert torch.equal(tensor.cpu(), theirs[name].cpu()), f"'{name}' was not copied from the base"
-
-
 def _loaded(kind: Any, model: ModelFolder, component: str, dtype: torch.dtype) -> Any:
     """A component with all its weights: one that the files lack would be left at random without a word."""
     model.weights(component)
@@ -591,4 +642,4 @@ def _open_t5(model: ModelFolder, device: str, dtype: torch.dtype, text_length: i
 
 FAMILY = Flux()
 
-__all__ = ["FAMILY", "Flux", "image_ids", "pack", "resolution_shift", "unpack"]
+__all__ = ["FAMILY", "FLUX_1_DEV", "Flux", "image_ids", "pack", "resolution_shift", "unpack"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlNetPipeline
+from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_controlnet import calculate_shift, retrieve_latents
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,7 +27,7 @@ from shared.cache.reader import Cache, Layer
 from shared.errors import UserError
 from shared.families.base import Batch, Tensors
 from shared.families.flux import image_ids, pack, resolution_shift, unpack
-from shared.model_folder import resolve
+from shared.model_folder import ModelFolder, resolve
 from tests.conftest import TEXT_LENGTH, preprocess_options, write_data
 from tests.preprocess.runs import placed_image
 
@@ -75,7 +75,7 @@ def made(
 def pipeline_of(model: Path, dtype: torch.dtype) -> Any:
     """The pipeline of inference, with a ControlNet whose outputs are not zero."""
     pipeline = FluxControlNetPipeline.from_pretrained(model, controlnet=None, dtype=dtype)
-    controlnet = FLUX.make_controlnet(pipeline.transformer, 2, 1, "zero")
+    controlnet = FLUX.make_controlnet(resolve(str(model), ()), 2, 1, "zero", dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in controlnet.named_parameters():
@@ -437,3 +437,113 @@ def test_tiny_is_the_same_for_the_same_seed(tiny_model: Path, tmp_path: Path) ->
     assert weights(again) == weights(tiny_model)
     assert len(weights(again)) == 4
     assert all(weights(other)[name] != data for name, data in weights(again).items())
+
+
+# --- the base and its ControlNet ------------------------------------------------------------------------------------
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def call_base(base: torch.nn.Module, dtype: torch.dtype) -> None:
+    """One prediction for t 0.123 and 0.9, which bf16 rounds."""
+    inputs = Batch(["a", "b"], 64, 64, {
+        "t5.prompt_embeds": randn(2, 8, 32), "clip.pooled_prompt_embeds": randn(2, 24),
+    })  # fmt: skip
+    x_t, t = randn(2, 16, 64, dtype=dtype), torch.tensor([0.123, 0.9])
+    with torch.no_grad():
+        FLUX.predict(base, x_t, t, FLUX.inputs(inputs, None, dtype), 3.5, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("depth", [(1, 1), (2, 0), (0, 2)])
+def test_a_controlnet_from_slices_is_diffusers_own_from_the_whole_base_to_the_bit(
+    depth: tuple[int, int], dtype: torch.dtype, tiny_model: Path
+) -> None:
+    model = resolve(str(tiny_model), ())
+    base: Any = FLUX.load_base(model, dtype)
+    theirs: Any = FluxControlNetModel.from_transformer(
+        base, *depth, base.config.attention_head_dim, base.config.num_attention_heads
+    ).to(dtype)
+    for embedder in ("zero", "copy"):
+        ours: Any = FLUX.make_controlnet(model, *depth, embedder, dtype)
+        noted = {"_name_or_path": base.config["_name_or_path"]}  # where the base lay is nobody's business
+        assert {**ours.config, **noted} == dict(theirs.config)
+        assert all(p.requires_grad and p.dtype == dtype and p.device.type == "cpu" for p in ours.parameters())
+        if embedder == "copy":
+            assert torch.equal(ours.controlnet_x_embedder.weight, base.x_embedder.weight)
+            ours.controlnet_x_embedder.weight.data.zero_()
+        expected = theirs.state_dict()
+        assert list(ours.state_dict()) == list(expected)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
+
+
+def with_tensors(model: Path, folder: Path, kept: Callable[[str], bool]) -> ModelFolder:
+    """A copy of the transformer with some of its tensors only."""
+    shutil.copytree(model / "transformer", folder / "transformer")
+    [file] = (folder / "transformer").glob("*.safetensors")
+    save_file({n: t for n, t in load_file(file).items() if kept(n)}, file)
+    return resolve(str(folder), ())
+
+
+def test_a_controlnet_needs_only_the_blocks_that_it_copies(tiny_model: Path, tmp_path: Path) -> None:
+    kept = (
+        "time_text_embed.",
+        "context_embedder.",
+        "x_embedder.",
+        "transformer_blocks.0.",
+        "single_transformer_blocks.0.",
+    )
+    model = with_tensors(tiny_model, tmp_path / "first", lambda name: name.startswith(kept))
+    FLUX.make_controlnet(model, 1, 1, "copy", torch.float32)
+    with pytest.raises(UserError, match=r"do not fit its config\.json: 32 tensors .* \(as transformer_blocks\.1\."):
+        FLUX.make_controlnet(model, 2, 1, "copy", torch.float32)
+
+
+def test_an_empty_base_is_the_loaded_one_without_numbers(tiny_model: Path) -> None:
+    model = resolve(str(tiny_model), ())
+    empty, loaded = FLUX.make_base(model), FLUX.load_base(model, torch.float32)
+    shapes = [(name, tensor.shape) for name, tensor in loaded.state_dict().items()]
+    assert [(name, tensor.shape) for name, tensor in empty.state_dict().items()] == shapes
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    assert not any(p.requires_grad for p in empty.parameters())
+    assert not any(module.training for module in empty.modules())
+    empty.load_state_dict(loaded.state_dict(), assign=True)
+    call_base(empty, torch.float32)
+
+
+def test_without_a_model_the_base_is_flux_1_dev() -> None:
+    base, controlnet = FLUX.make_base(), FLUX.make_empty_controlnet(2, 4)
+    assert sum(p.numel() for p in base.parameters()) == 11_901_408_320
+    assert sum(p.numel() for p in controlnet.parameters()) == 1_347_918_848
+    assert sum(p.numel() for linear in FLUX.modulations(base).values() for p in linear.parameters()) == 3_247_448_064
+
+
+def test_blocks_are_in_the_order_in_which_they_run(tiny_model: Path) -> None:
+    base = FLUX.load_base(resolve(str(tiny_model), ()), torch.float32)
+    ran: list[torch.nn.Module] = []
+    for block in FLUX.blocks(base):
+        block.register_forward_pre_hook(lambda block, _: ran.append(block))
+    call_base(base, torch.float32)
+    assert len(ran) == 4
+    assert all(ours is theirs for ours, theirs in zip(FLUX.blocks(base), ran, strict=True))
+
+
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_time_embedding_is_what_every_modulation_is_called_with_to_the_bit(
+    dtype: torch.dtype, guidance_embeds: bool, tiny_model: Path
+) -> None:
+    base: Any = FLUX.load_base(resolve(str(tiny_model), ()), dtype)
+    if not guidance_embeds:  # schnell
+        base = FluxTransformer2DModel.from_config({**base.config, "guidance_embeds": False}).to(dtype)
+    seen: list[torch.Tensor] = []
+    modulations = FLUX.modulations(base)
+    for linear in modulations.values():
+        linear.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    call_base(base, dtype)
+    with torch.no_grad():
+        computed = FLUX.time_embedding(base, torch.tensor([0.123, 0.9]), 3.5, randn(2, 24, dtype=dtype))
+    assert len(seen) == len(modulations) == 2 * 2 + 2 + 1
+    assert all(torch.equal(computed, vector) for vector in seen)
