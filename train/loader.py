@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -21,7 +21,7 @@ import torch
 
 from shared.cache.storage import Listed
 from shared.errors import UserError
-from shared.families.base import Batch
+from shared.families.base import Batch, Tensors
 from train.order import GlobalOrder, Order, WindowOrder, uniform
 from train.rows import Buffers, Stacking
 from train.samples import EMPTY_CAPTION, CachedSamples, Choice
@@ -162,6 +162,12 @@ class Loader:
             batch.step_samples = int(self.order.sizes(np.arange(first, first + self.batches_per_step)).sum())
         batch.tensors = stacking.finish()
         return batch
+
+    def peek(self, positions: Iterable[int], layers: Collection[str]) -> list[Tensors]:
+        """Of each of these batches, "layer.field" -> (B, ...) on the host, of these layers alone: what comes can be
+        known before it comes. Threads may call it. Raises `CacheError` as iterating does."""
+        buffers = Buffers(pinned=False)
+        return [self.samples.begin_batch(self.choose(at), buffers, layers)[1].finish() for at in positions]
 
     def __iter__(self) -> Generator[list[Batch], None, None]:
         def begin() -> None:

@@ -7,7 +7,7 @@ like one of ten.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -261,23 +261,30 @@ class CachedSamples:
             count += len(first)
         return Images(ranges, np.concatenate([*begins, [len(self)]]), np.concatenate(variants))
 
-    def begin_batch(self, choice: Choice, buffers: Buffers) -> tuple[Batch, Stacking]:
-        """A batch without its tensors, which are to be read by what comes with it."""
+    def begin_batch(
+        self, choice: Choice, buffers: Buffers, layers: Collection[str] | None = None
+    ) -> tuple[Batch, Stacking]:
+        """A batch without its tensors, which are to be read by what comes with it: of these layers, by default all."""
         size = self.size_of(choice.indices[0])
         keys = [self.key(index) for index in choice.indices]
-        taken = {name: self._taken(name, choice) for name in self.layers}
+        taken = {name: self._taken(name, choice) for name in (self.layers if layers is None else layers)}
         return Batch(keys=keys, height=size.height, width=size.width, tensors={}), Stacking(taken, buffers)
 
-    def batch(self, indices: Sequence[int], conditions: Sequence[int] | None = None) -> Batch:
+    def batch(
+        self,
+        indices: Sequence[int],
+        conditions: Sequence[int] | None = None,
+        layers: Collection[str] | None = None,
+    ) -> Batch:
         """Samples of one shape as held-out ones are looked at: first captions, last (finest) drawings; of several
-        conditions the ones named (by place), or each sample's own."""
+        conditions the ones named (by place), or each sample's own. Of all layers, or of these alone."""
         choice = Choice(
             indices=indices,
             captions=[int(self.captions(index)[0]) for index in indices],
             conditions=conditions or [self.condition_of(index) for index in indices],
             drawings=[_LAST] * len(indices),
         )
-        batch, stacking = self.begin_batch(choice, Buffers(pinned=False))
+        batch, stacking = self.begin_batch(choice, Buffers(pinned=False), layers)
         batch.tensors = stacking.finish()
         return batch
 
