@@ -129,6 +129,8 @@ class Family(ABC):
     """Height and width are multiples of this many pixels."""
     layers: ClassVar[tuple[LayerKind, ...]]
     max_text_length: ClassVar[int]
+    pooled: ClassVar[str]
+    """The "layer.field" that `time_embedding` takes beside t."""
 
     # Stage 1: samples -> layers
 
@@ -212,8 +214,20 @@ class Family(ABC):
         the base's dtype. Computed as the base's own forward does it, to the bit."""
 
     @abstractmethod
+    def attention_shape(self, base: torch.nn.Module, height: int, width: int, text_length: int) -> tuple[int, int, int]:
+        """(heads, tokens, features of a head) of the base's attention over a picture of this many pixels and a text of
+        this many tokens."""
+
+    @abstractmethod
     def max_depth(self, model: ModelFolder) -> tuple[int, int]:
         """The deepest ControlNet that this base can initialise: (num_layers, num_single_layers)."""
+
+    @abstractmethod
+    def sample_shapes(
+        self, height: int, width: int, text_length: int, model: ModelFolder | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """ "role.field" (see `Batch`) to the shape of one cached sample, latents as moments. Without a `model`: for
+        `default_model`, which then need not be on this machine."""
 
     @abstractmethod
     def make_empty_controlnet(

@@ -61,6 +61,7 @@ class Flux(Family):
     default_model = "black-forest-labs/FLUX.1-dev"
     size_multiple = 16  # VAE 8x, then 2x2 latents to a token
     max_text_length = 512
+    pooled = "clip.pooled_prompt_embeds"
     layers = (
         LayerKind("latents", "image", ("vae",), _MOMENTS, shard_rows=256),
         LayerKind("condition_latents", "condition", ("vae",), tuple(
@@ -194,7 +195,7 @@ class Flux(Family):
         from diffusers import FluxTransformer2DModel
 
         model.weights("transformer")
-        return FluxTransformer2DModel.from_pretrained(model.path / "transformer", dtype=dtype).eval()
+        return _tabled(FluxTransformer2DModel.from_pretrained(model.path / "transformer", dtype=dtype).eval())
 
     def make_base(self, model: ModelFolder | None = None) -> torch.nn.Module:
         from diffusers import FluxTransformer2DModel
@@ -202,7 +203,7 @@ class Flux(Family):
         with torch.device("meta"):
             base = FluxTransformer2DModel.from_config(FLUX_1_DEV if model is None else model.config("transformer"))
         assert not list(base.buffers()), "what is in no file would stay without numbers"
-        return base.eval().requires_grad_(False)
+        return _tabled(base.eval().requires_grad_(False))
 
     def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
         lists = (module.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
@@ -224,9 +225,24 @@ class Flux(Family):
             times.append(_guidance(guidance, t).to(dtype) * 1000)
         return torch.nn.functional.silu(base.get_submodule("time_text_embed")(*times, pooled))
 
+    def attention_shape(self, base: torch.nn.Module, height: int, width: int, text_length: int) -> tuple[int, int, int]:
+        num_tokens = (height // 16) * (width // 16) + text_length
+        return _config(base)["num_attention_heads"], num_tokens, _config(base)["attention_head_dim"]
+
     def max_depth(self, model: ModelFolder) -> tuple[int, int]:
         config = model.config("transformer")
         return config["num_layers"], config["num_single_layers"]
+
+    def sample_shapes(
+        self, height: int, width: int, text_length: int, model: ModelFolder | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        config = FLUX_1_DEV if model is None else model.config("transformer")
+        latents = (config["in_channels"] // 4, height // 8, width // 8)
+        return {
+            **{f"{role}.{moment}": latents for role in ("latents", "condition_latents") for moment in ("mean", "std")},
+            "clip.pooled_prompt_embeds": (config["pooled_projection_dim"],),
+            "t5.prompt_embeds": (text_length, config["joint_attention_dim"]),
+        }
 
     def make_empty_controlnet(
         self, num_layers: int, num_single_layers: int, model: ModelFolder | None = None
@@ -236,7 +252,7 @@ class Flux(Family):
         config = dict(_config(self.make_base(model)))  # with the defaults of the base's own class
         config |= {"num_layers": num_layers, "num_single_layers": num_single_layers}
         with torch.device("meta"):
-            return FluxControlNetModel.from_config(config)
+            return _tabled(FluxControlNetModel.from_config(config))
 
     def make_controlnet(
         self,
@@ -279,7 +295,7 @@ class Flux(Family):
         folder = path if path.is_dir() else resolve_controlnet(source)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} holds no ControlNet: config.json is missing")
-        return FluxControlNetModel.from_pretrained(folder, dtype=dtype)
+        return _tabled(FluxControlNetModel.from_pretrained(folder, dtype=dtype))
 
     def check_controlnet(self, controlnet: torch.nn.Module, base: torch.nn.Module, control_mode: int | None) -> None:
         for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "num_attention_heads"):
@@ -317,8 +333,10 @@ class Flux(Family):
             "encoder_hidden_states": prompt_embeds,
             "pooled_projections": batch.tensors["clip.pooled_prompt_embeds"].to(dtype),
             "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=device),
-            "img_ids": image_ids(batch.height // 8, batch.width // 8).to(device=device, dtype=torch.float32),
+            # Made where they are used: a copy from the host would wait for all that the GPU has been asked to do.
+            "img_ids": image_ids(batch.height // 8, batch.width // 8, device).to(torch.float32),
         }
+        assert max(batch.height, batch.width) <= 16 * _NUM_POSITIONS, "a position would lie outside of the table"
         return Inputs(condition=condition, embeds=embeds, height=batch.height, width=batch.width)
 
     def residuals(
@@ -510,10 +528,47 @@ def unpack(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
     return patches.reshape(B, C // 4, h, w)
 
 
-def image_ids(h: int, w: int) -> torch.Tensor:
+def image_ids(h: int, w: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(h/2 * w/2, 3) positions of the image tokens for the rotary embedding: (0, row, column)."""
-    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(h // 2, device=device), torch.arange(w // 2, device=device), indexing="ij"
+    )
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+
+
+_NUM_POSITIONS = 1024
+"""Rows and columns of tokens that a picture may have: 16384 pixels."""
+
+
+class _TabledPositions(torch.nn.Module):
+    """The model's rotary embedding, looked up: computing it anew takes forty small kernels in float64 in each call."""
+
+    def __init__(self, computed: torch.nn.Module) -> None:
+        super().__init__()
+        self.computed = computed
+        axes_dim = computed.axes_dim
+        assert isinstance(axes_dim, (list, tuple))
+        self.axes = [axis for axis, dim in enumerate(axes_dim) for _ in range(dim)]
+        """Which of a token's three positions each feature turns with."""
+        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole positions (S, 3) from 0 to `_NUM_POSITIONS` - 1 -> cosines and sines, fp32 (S, D) each."""
+        if type(ids) is not torch.Tensor or ids.is_meta:  # a stand-in, for counting: nothing to look up
+            return self.computed(ids)
+        if ids.device not in self._tables:
+            with torch.inference_mode(False), torch.no_grad():
+                axes = torch.tensor(self.axes, device=ids.device)
+                every = torch.arange(_NUM_POSITIONS, device=ids.device)[:, None].expand(-1, ids.shape[1])
+                self._tables[ids.device] = (axes, *self.computed(every))
+        axes, cosines, sines = self._tables[ids.device]
+        places = ids.long().index_select(1, axes)  # (S, D)
+        return cosines.gather(0, places), sines.gather(0, places)
+
+
+def _tabled(model: torch.nn.Module) -> torch.nn.Module:
+    model.pos_embed = _TabledPositions(model.get_submodule("pos_embed"))
+    return model
 
 
 def resolution_shift(num_tokens: int, scheduler: Mapping[str, Any]) -> float:

@@ -212,6 +212,20 @@ def test_pack_is_the_pipeline_s_and_unpack_its_inverse() -> None:
         assert torch.equal(unpack(tokens, h, w), FluxControlNetPipeline._unpack_latents(tokens, 8 * h, 8 * w, 8))
 
 
+def test_the_positions_that_are_looked_up_are_the_model_s_own_to_the_bit(tiny_model: Path) -> None:
+    model = resolve(str(tiny_model), components=())
+    theirs = FluxTransformer2DModel.from_config(model.config("transformer")).pos_embed
+    for ours in (
+        FLUX.load_base(model, torch.float32).pos_embed,
+        FLUX.make_base(model).pos_embed,
+        FLUX.make_controlnet(model, 1, 1, "copy", torch.float32).pos_embed,
+    ):
+        for h, w in ((8, 8), (16, 6), (6, 16)):  # the last two have as many tokens as each other
+            ids = torch.cat([torch.zeros(24, 3), image_ids(h, w).float()])
+            for found, expected in zip(ours(ids), theirs(ids), strict=True):
+                assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
 def test_image_ids_are_the_pipeline_s() -> None:
     for h, w in ((8, 8), (6, 10), (2, 32)):
         theirs = FluxControlNetPipeline._prepare_latent_image_ids(1, h // 2, w // 2, "cpu", torch.float32)
