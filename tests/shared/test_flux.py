@@ -216,14 +216,16 @@ def test_the_positions_that_are_looked_up_are_the_model_s_own_to_the_bit(tiny_mo
     model = resolve(str(tiny_model), components=())
     theirs = FluxTransformer2DModel.from_config(model.config("transformer")).pos_embed
     for ours in (
-        FLUX.load_base(model, torch.float32).pos_embed,
-        FLUX.make_base(model).pos_embed,
-        FLUX.make_controlnet(model, 1, 1, "copy", torch.float32).pos_embed,
+        FLUX.load_base(model, torch.float32),
+        FLUX.make_base(model),
+        FLUX.make_controlnet(model, 1, 1, "copy", torch.float32),
     ):
+        positions = ours.get_submodule("pos_embed")
         for h, w in ((8, 8), (16, 6), (6, 16)):  # the last two have as many tokens as each other
             ids = torch.cat([torch.zeros(24, 3), image_ids(h, w).float()])
-            for found, expected in zip(ours(ids), theirs(ids), strict=True):
-                assert found.dtype == expected.dtype and torch.equal(found, expected)
+            for found, expected in zip(positions(ids), theirs(ids), strict=True):
+                assert found.dtype == expected.dtype
+                assert torch.equal(found, expected)
 
 
 def test_image_ids_are_the_pipeline_s() -> None:
