@@ -9,6 +9,7 @@ but does as well with another drawing (`condition_gap` stays near 0).
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from shared.model_folder import ModelFolder
 from shared.pictures import grid
 from train.adapters.controlnet import ControlNetAdapter
 from train.loader import to_device
+from train.modulation import Modulation, Rows
 from train.objectives import Objective
 from train.order import Permutation
 from train.samples import CachedSamples, Size
@@ -88,24 +90,44 @@ class Validation:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        modulation: Modulation | None = None,
     ) -> None:
+        """`modulation`: of a base that is hoisted."""
         self.samples, self.family, self.model, self.objective = samples, family, model, objective
         self.options, self.seed, self.device, self.dtype = options, seed, device, dtype
         count = min(len(samples), max(options.samples, options.pictures))
         self.indices: list[int] = Permutation(len(samples), seed, "held out").of(np.arange(count)).tolist()
         self._without: torch.Tensor | None = None  # the base is frozen: computed once
         self._pictures_without: dict[int, NDArray[np.uint8]] = {}
+        self._modulation = modulation
+        self._grid_rows: Rows | None = None  # the same at every step: computed once, on the host
 
     def _batches(self, indices: list[int]) -> Iterator[tuple[list[int], Batch]]:
         """(indices, batch) of at most `batch_size` samples of one shape, first captions, last (finest) drawings; of
         several conditions each sample has one."""
+        for part in self._parts(indices):
+            yield part, to_device(self.samples.batch(part), self.device)
+
+    def _parts(self, indices: list[int]) -> list[list[int]]:
+        """The indices of each batch."""
         by_size: dict[Size, list[int]] = {}
         for index in indices:
             by_size.setdefault(self.samples.size_of(index), []).append(index)
-        for group in by_size.values():
-            for i in range(0, len(group), self.options.batch_size):
-                part = group[i : i + self.options.batch_size]
-                yield part, to_device(self.samples.batch(part), self.device)
+        most = self.options.batch_size
+        return [group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)]
+
+    def _rows(self, parts: list[list[int]], t: torch.Tensor) -> Rows | None:
+        """The modulation of these batches, each at every t (J,): of batch k at t[j] in slot k * J + j. None where the
+        base has its own."""
+        if self._modulation is None:
+            return None
+        layer, _, _ = self.family.pooled.partition(".")
+        R = max(map(len, parts))
+        slots = []
+        for part in parts:
+            embeds = self.samples.batch(part, layers=[layer]).tensors[self.family.pooled].to(self.dtype)
+            slots += [torch.nn.functional.pad(embeds, (0, 0, 0, R - len(part)))] * len(t)
+        return self._modulation.compute(t.repeat(len(parts))[:, None].expand(-1, R), torch.stack(slots))
 
     def _latents(self, batch: Batch, role: str) -> torch.Tensor:
         """Final latents (B, T, C), nothing drawn: posterior means, or the draws that are cached in their place."""
@@ -117,9 +139,12 @@ class Validation:
         sample's of the same shape; a sample that is the only one of its shape is NaN."""
         indices = self.indices[: self.options.samples]
         J = self.options.timesteps
+        times = torch.tensor([(j + 0.5) / J for j in range(J)])
+        if self._grid_rows is None:
+            self._grid_rows = self._rows(self._parts(indices), times)
         losses = torch.full((len(indices), J), math.nan)
         neighbours = {index: self._neighbour(index) for index in indices}
-        for part, batch in self._batches(indices):
+        for k, (part, batch) in enumerate(self._batches(indices)):
             x_0 = self._latents(batch, "latents")
             condition = self._latents(batch, "condition_latents")
             if control == "other":
@@ -128,7 +153,9 @@ class Validation:
                 condition = self._latents(to_device(theirs, self.device), "condition_latents")
             inputs = self.family.inputs(batch, condition, self.dtype)
             for j in range(J):
-                t = torch.full((len(part),), (j + 0.5) / J, device=self.device)
+                if self._grid_rows is not None:
+                    self._grid_rows.use(k * J + j, len(part))
+                t = times[j].expand(len(part)).to(self.device)
                 noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, j, _LOSSES) for index in part])
                 noised = self.objective.noise_at(x_0, t, noise.to(x_0))
                 prediction = self._predict(adapter, noised.x_t, t, inputs, control)
@@ -183,8 +210,9 @@ class Validation:
             inputs = self.family.inputs(batch, self._latents(batch, "condition_latents"), self.dtype)
             noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, 0, _PICTURES) for index in part]).to(x_0)
             new = part[0] not in self._pictures_without
-            controlled = self._paint(adapter, noise, inputs, "own")
-            free = self._paint(adapter, noise, inputs, "none") if new else None
+            ahead = None if self._modulation is None else self._rows([part], self._times(noise[:1]))
+            controlled = self._paint(adapter, noise, inputs, "own", ahead)
+            free = self._paint(adapter, noise, inputs, "none", ahead) if new else None
             for row, index in enumerate(part):
                 painted[index] = controlled[row], None if free is None else free[row], x_0[row]
         # The decoder is in memory only from here to the end of this function, when no activations are.
@@ -207,13 +235,29 @@ class Validation:
             torch.cuda.empty_cache()
         return grid(rows, HEADINGS)
 
-    def _paint(self, adapter: ControlNetAdapter, noise: torch.Tensor, inputs: Inputs, control: Control) -> torch.Tensor:
-        return self.family.sample(
-            self.model,
-            noise,
-            self.options.picture_steps,
-            lambda x_t, t: self._predict(adapter, x_t, t, inputs, control),
-        )
+    def _paint(
+        self, adapter: ControlNetAdapter, noise: torch.Tensor, inputs: Inputs, control: Control, rows: Rows | None
+    ) -> torch.Tensor:
+        """x_0 (B, T, C); of each denoising step the modulation is in a slot of `rows`."""
+        steps = itertools.count()
+
+        def step(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            if rows is not None:
+                rows.use(next(steps), len(x_t))
+            return self._predict(adapter, x_t, t, inputs, control)
+
+        return self.family.sample(self.model, noise, self.options.picture_steps, step)
+
+    def _times(self, noise: torch.Tensor) -> torch.Tensor:
+        """t of each denoising step from noise (1, T, C) on: they do not depend on what is predicted."""
+        times: list[torch.Tensor] = []
+
+        def step(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            times.append(t)
+            return torch.zeros_like(x_t)
+
+        self.family.sample(self.model, noise, self.options.picture_steps, step)
+        return torch.cat(times)
 
     def _decode(self, decode: Decode, index: int, x_0: torch.Tensor) -> NDArray[np.uint8]:
         size = self.samples.size_of(index)
