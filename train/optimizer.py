@@ -2,28 +2,36 @@
 
 A bfloat16 weight near 0.02 has neighbours 1.2e-4 away, and one AdamW update at a learning rate of 2e-5 is six times
 smaller than that: rounded to nearest, it is lost. So a bfloat16 weight is stepped on a temporary float32 copy and
-rounded back stochastically, up or down with the probability that makes it right on average (arXiv 1502.02551). No
-float32 copy of the weights is kept.
+rounded back stochastically, up or down with the probability that makes it right on average (arXiv 1502.02551); or, by
+option, on a float32 master copy that stays. How much of the updates arrives is measured now and then.
+
+Where memory is short, states and master copies rest in the host's memory (train/offload.py), or each gradient is
+stepped and freed as soon as backward has it. Both give the same weights to the bit.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from torch.optim.adamw import adamw
 
 from shared.errors import UserError, nearest
+from train.buckets import BLOCK_NUMEL, CHUNK_NUMEL, Bucket, Piece, is_large, make_buckets
+from train.offload import DeviceStates, HostStates, States
 
 Kind = Literal["adamw", "adamw8bit"]
 Schedule = Literal["constant", "cosine", "linear"]
 Rounding = Literal["stochastic", "nearest"]
+Clip = Literal["global", "parameter"]
+Place = Literal["device", "cpu"]
 
-MIN_8BIT_NUMEL = 4096
-"""Smaller tensors keep 32-bit states, also under `adamw8bit` (bitsandbytes' own limit): they hold next to nothing."""
 _HIGH_HALF = 1 if sys.byteorder == "little" else 0
 """Which of a float32's two 16-bit words is its bfloat16 part."""
 
@@ -54,14 +62,31 @@ class OptimizerOptions:
     final_fraction: float = 0.0
     """Learning rate at the end, as a share of the peak, for `cosine` and `linear`."""
     clip_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it. 0 turns clipping off."""
+    """Gradients with a larger norm are scaled down to it. 0 turns clipping off."""
+    clip: Clip = "global"
+    """Whose norm: that of all gradients together, or of each `parameter`'s gradient by itself, as `release` needs it.
+    A limit for all together is far too high for each: try 0.1."""
     rounding: Rounding = "stochastic"
     """How a stepped bfloat16 weight is rounded. `nearest` loses most of what is learned at usual learning rates and is
     there for comparison only. float32 weights are never rounded."""
+    master: bool = False
+    """Keep a float32 copy of bfloat16 weights and step that (4 more bytes per weight); the weights are its nearest
+    neighbours. Choose it where stochastic rounding's noise is unwanted, best with `states cpu`."""
+    states: Place = "device"
+    """Where moments and master copies rest between steps. `cpu`: in page-locked host memory, which frees 2 bytes of
+    the GPU per weight with `adamw8bit`, 8 with `adamw`, 4 more with `master`; as many cross the bus each way a step."""
+    release: bool = False
+    """Step each large weight as soon as backward has its gradient, and free it: gradients (2 bytes per bfloat16 weight)
+    then never lie in memory together. Not with a global clip, nor with accumulation, nor with several processes."""
+    survival_every: int = 100
+    """Every how many steps the share of the update that survives rounding is measured. Such a step's optimizer reads
+    and writes about twice as much memory. 0 turns it off."""
 
     def check(self) -> None:
         """Refuse impossible values. Raises `UserError`."""
-        for name, choices in (("kind", Kind), ("schedule", Schedule), ("rounding", Rounding)):
+        for name, choices in (
+            ("kind", Kind), ("schedule", Schedule), ("rounding", Rounding), ("clip", Clip), ("states", Place)
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in get_args(choices):
                 raise UserError(f"optimizer.{name} '{value}' is unknown: {nearest(value, get_args(choices))}")
@@ -79,10 +104,40 @@ class OptimizerOptions:
                 raise UserError(f"optimizer.{name} must be 0 ({off}) or more, but is {value}")
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction must be from 0 to 1, but is {self.final_fraction}")
+        if self.survival_every < 0:
+            raise UserError(f"optimizer.survival_every must be 0 (never) or more, but is {self.survival_every}")
+        if self.release and self.clip == "global" and self.clip_norm > 0:
+            raise UserError(
+                "optimizer.release steps each weight before the other gradients are there, so their global norm cannot "
+                "clip them: choose optimizer.clip parameter, or optimizer.clip_norm 0"
+            )
+
+    def check_release(self, accumulation: int, num_processes: int) -> None:
+        """Refuse `release` where a gradient is not whole when backward has it: with several batches a step, or several
+        processes. Raises `UserError`."""
+        if self.release and accumulation > 1:
+            raise UserError(
+                f"optimizer.release cannot add up the gradients of {accumulation} batches: set loader.accumulation 1 "
+                "with a larger batch, or leave optimizer.release out"
+            )
+        if self.release and num_processes > 1:
+            raise UserError(
+                f"optimizer.release would step before the gradients of the {num_processes} processes are averaged: "
+                "train in one process, or choose optimizer.states cpu instead"
+            )
 
     def unused(self) -> list[str]:
         """Options that were changed from their default but have no effect beside the others: warn of them."""
-        return ["final_fraction"] if self.schedule == "constant" and self.final_fraction != 0 else []
+        changed = {
+            "final_fraction": self.schedule == "constant" and self.final_fraction != 0,
+            "clip": self.clip != "global" and self.clip_norm == 0,
+            "rounding": self.rounding != "stochastic" and self.master,
+        }
+        return [name for name, without_effect in changed.items() if without_effect]
+
+    def measures(self, step: int) -> bool:
+        """Whether step number `step` (the first is 1) measures what survives of its update."""
+        return self.survival_every > 0 and step % self.survival_every == 0
 
 
 def learning_rate(options: OptimizerOptions, step: int, num_steps: int) -> float:
@@ -101,7 +156,7 @@ def learning_rate(options: OptimizerOptions, step: int, num_steps: int) -> float
     return peak * (options.final_fraction + (1 - options.final_fraction) * falling)
 
 
-def stochastic_round_(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def stochastic_round_(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Round float32 `x` to one of its two bfloat16 neighbours so that the mean is `x`. Uses up `x`: the result, of the
     same shape, lies in its memory.
 
@@ -109,7 +164,7 @@ def stochastic_round_(x: torch.Tensor, generator: torch.Generator) -> torch.Tens
     upper 16 bits are the bfloat16. So the neighbour further from zero is taken with probability lower 16 bits / 65,536,
     and a value that bfloat16 holds exactly never changes. Infinities stay; every NaN becomes the canonical NaN, whose
     lower bits are zero (others could carry over into a number). Beyond the largest bfloat16 the further neighbour is
-    infinity, as in rounding to nearest. `x` must be contiguous, `generator` on its device.
+    infinity, as in rounding to nearest. `x` must be contiguous, `generator` on its device (None: torch's own).
     """
     assert x.dtype == torch.float32, x.dtype
     x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
@@ -118,28 +173,60 @@ def stochastic_round_(x: torch.Tensor, generator: torch.Generator) -> torch.Tens
     return bits.view(torch.int16)[_HIGH_HALF::2].view(torch.bfloat16).view(x.shape)
 
 
-@dataclass
-class _Bucket:
-    """Parameters that one inner optimizer steps together."""
+@dataclass(frozen=True)
+class Survival:
+    """What rounding left of one step's update. 0-dim float32 tensors on the device."""
 
-    names: list[str]
-    weights: list[torch.nn.Parameter]
-    stepped: list[torch.nn.Parameter]
-    """What the inner optimizer holds: the weights themselves (float32), or stand-ins that are filled with float32
-    copies during a step and are empty between steps (bfloat16)."""
-    inner: torch.optim.Optimizer
+    update_kept: torch.Tensor
+    """The projection of the change that was made on the change that was meant, as a share of it: 1 where nothing is
+    lost on average, 0 where no weight moved."""
+    share_updated: torch.Tensor
+    """The share of all weights whose value changed."""
+
+
+@dataclass
+class _Measured:
+    """Sums over what was stepped so far, 0-dim on the device."""
+
+    projected: list[torch.Tensor] = field(default_factory=list)
+    meant: list[torch.Tensor] = field(default_factory=list)
+    changed: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _Pass:
+    """One step, while it is made."""
+
+    learning_rate: float
+    rounding: torch.Generator | int | None
+    measured: _Measured | None
+    clip_each: bool = False
+    scale: float = 1.0
+    """What gradients are multiplied by."""
+    norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    """Buckets, as they were stepped."""
 
 
 class Optimizer:
-    """AdamW over named parameters: float32 ones in place, bfloat16 ones through a temporary float32 copy.
+    """AdamW over named parameters: float32 ones in place, bfloat16 ones through a float32 copy.
 
-    Parameters are stepped in buckets of at most the size of the largest one, so beside the states a step needs float32
-    copies of one bucket's weights and gradients, never of all. Parameters without a gradient are left alone, as by
-    torch.
+    Parameters are stepped in buckets, so beside the states a step needs float32 copies of one bucket's weights and
+    gradients, never of all. Parameters without a gradient are left alone, as by torch.
+
+    A training step is `begin`, backward, `norm`, `finish`. (`zero_grad`, `clip` and `step` are the same by hand; they
+    never release.)
     """
 
-    def __init__(self, options: OptimizerOptions, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Take the trainable `parameters` by name. Raises `UserError` for weights neither float32 nor bfloat16."""
+    def __init__(
+        self,
+        options: OptimizerOptions,
+        parameters: Mapping[str, torch.nn.Parameter],
+        *,
+        chunk_numel: int = CHUNK_NUMEL,
+    ) -> None:
+        """Take the trainable `parameters` by name, all on one device. Raises `UserError` for weights neither float32
+        nor bfloat16, and where host memory does not suffice for states."""
         assert parameters, "nothing to train"
         assert len({id(p) for p in parameters.values()}) == len(parameters), "a parameter appears under two names"
         for name, parameter in parameters.items():
@@ -148,9 +235,87 @@ class Optimizer:
                 raise UserError(
                     f"'{name}' is {parameter.dtype}, but only float32 and bfloat16 weights can be trained: choose one"
                 )
+        devices = {parameter.device for parameter in parameters.values()}
+        assert len(devices) == 1, f"parameters lie on several devices: {devices}"
         self.options = options
         self.parameters = dict(parameters)
-        self._buckets = [self._bucket(names) for names in _bucket_names(options.kind, parameters)]
+        self._device = devices.pop()
+        eight_bit = options.kind == "adamw8bit"
+        self._buckets = make_buckets(parameters, eight_bit=eight_bit, master=options.master, chunk_numel=chunk_numel)
+        self._eight_bit = _EightBit(self._device) if any(bucket.eight_bit for bucket in self._buckets) else None
+        sizes = [bucket.num_bytes for bucket in self._buckets]
+        self._states: States = (HostStates if options.states == "cpu" else DeviceStates)(sizes, self._device)
+        self._noise: torch.Generator | None = None
+        self._begun: _Pass | None = None
+        self._following: dict[int, int] = {}
+        if options.release:
+            for name, parameter in self.parameters.items():
+                if is_large(parameter, chunk_numel):
+                    buckets = [bucket for bucket in self._buckets if bucket.pieces[0].name == name]
+                    parameter.register_post_accumulate_grad_hook(functools.partial(self._release, name, buckets))
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that states and master copies take once every weight was stepped, wherever they rest."""
+        return sum(bucket.num_bytes for bucket in self._buckets)
+
+    # --- one training step ------------------------------------------------------------------------------------------
+
+    def begin(self, learning_rate: float, rounding: torch.Generator | int | None, *, measure: bool = False) -> None:
+        """Forget the gradients; from here on backward may step what is released.
+
+        `rounding` draws the stochastic rounding: a seed, from which each bucket draws by itself, so that the order does
+        not matter; or, unless weights are released, a generator on their device. None will do where nothing is rounded
+        so. `measure`: find out what survives of the update.
+        """
+        self.zero_grad()
+        clip_each = self.options.clip == "parameter" and self.options.clip_norm > 0
+        self._begun = _Pass(learning_rate, rounding, _Measured() if measure else None, clip_each)
+        if self.options.release:
+            assert not isinstance(rounding, torch.Generator), "released weights come in any order: give a seed"
+            self._states.begin()
+
+    @torch.no_grad()
+    def norm(self) -> torch.Tensor:
+        """The global norm of the gradients, before any clipping, 0-dim float32 on the device: nothing waits for it
+        here. Where it is not finite, it is the caller's to stop before `finish` (released weights are then spoiled
+        already, in memory)."""
+        now = self._begun
+        assert now is not None, "begin first"
+        now.norms |= {
+            name: _norm(parameter) for name, parameter in self.parameters.items() if parameter.grad is not None
+        }
+        assert now.norms, "no gradients: call backward first"
+        return torch.linalg.vector_norm(torch.stack(list(now.norms.values())))
+
+    @torch.no_grad()
+    def finish(self, norm: float) -> Survival | None:
+        """Step, clipped, what has a gradient still. `norm` is the value of `norm()`, which the caller has read to see
+        whether it is finite: so clipping costs no pass of its own. Gradients may be left scaled."""
+        now, options = self._begun, self.options
+        assert now is not None, "begin first"
+        if options.clip == "global" and options.clip_norm > 0:
+            now.scale = min(1.0, options.clip_norm / (norm + 1e-6))
+        if not options.release:
+            self._states.begin()
+        self._step_all(now)
+        self._states.end()
+        self._begun = None
+        return self._survival(now)
+
+    def _release(self, name: str, buckets: list[Bucket], weight: torch.Tensor) -> None:
+        """Called by backward when the gradient of a large weight is whole."""
+        now = self._begun
+        if now is None:  # a backward that is not of a training step
+            return
+        assert name not in now.norms, f"a second gradient for {name} within a step"
+        with torch.no_grad():
+            now.norms[name] = _norm(self.parameters[name])
+            for bucket in buckets:
+                self._step_bucket(bucket, self._following.get(bucket.index), now)
+        weight.grad = None
+
+    # --- by hand ----------------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
         """Forget all gradients and free their memory."""
@@ -165,67 +330,149 @@ class Optimizer:
         """
         graded = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         assert graded, "no gradients: call backward first"
-        device = graded[0].device
-        # In float32 also for bfloat16 gradients: torch's own total norm would be rounded to bfloat16, to 0.4 %.
-        norms = [torch.linalg.vector_norm(_gradient(p), dtype=torch.float32).to(device) for p in graded]
-        total = torch.linalg.vector_norm(torch.stack(norms))
+        total = torch.linalg.vector_norm(torch.stack([_norm(parameter) for parameter in graded]))
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(graded, max_norm, total)
         return total
 
     @torch.no_grad()
     def step(
-        self, learning_rate: float, generator: torch.Generator | None, *, share_updated: bool = False
+        self, learning_rate: float, rounding: torch.Generator | int | None, *, share_updated: bool = False
     ) -> torch.Tensor | None:
-        """Step every parameter that has a gradient, and leave the gradients as they are.
+        """Step every parameter that has a gradient, and leave the gradients as they are. `rounding` as in `begin`.
 
-        `generator`, on the weights' device, draws the stochastic rounding; None will do where nothing is rounded so.
         With `share_updated`, returns the share of all weights whose value changed, 0-dim float32 on the device: near 0
-        means that updates are rounded away. It costs one more pass over the weights.
+        means that updates are rounded away.
         """
-        num_changed: list[torch.Tensor] = []
-        for bucket in self._buckets:
-            for group in bucket.inner.param_groups:
-                group["lr"] = learning_rate
-            graded = [
-                (weight, stepped)
-                for weight, stepped in zip(bucket.weights, bucket.stepped, strict=True)
-                if weight.grad is not None
-            ]
-            if not graded:
-                continue
-            before = [weight.clone() for weight, _ in graded] if share_updated else []
-            _fill(graded)
-            bucket.inner.step()
-            self._bring_back(graded, generator)
-            num_changed += [(old != weight).sum() for old, (weight, _) in zip(before, graded, strict=False)]
-        if not share_updated:
+        now = _Pass(learning_rate, rounding, _Measured() if share_updated else None)
+        self._states.begin()
+        self._step_all(now)
+        self._states.end()
+        survival = self._survival(now)
+        return None if survival is None else survival.share_updated
+
+    # --- buckets ----------------------------------------------------------------------------------------------------
+
+    def _step_all(self, now: _Pass) -> None:
+        """Step the buckets in which something has a gradient."""
+        graded = [bucket for bucket in self._buckets if any(piece.weight.grad is not None for piece in bucket.pieces)]
+        for i, bucket in enumerate(graded):
+            self._step_bucket(bucket, graded[i + 1].index if i + 1 < len(graded) else None, now)
+        self._following = dict(zip(now.order, now.order[1:], strict=False))  # backward's order is the next step's too
+
+    def _step_bucket(self, bucket: Bucket, following: int | None, now: _Pass) -> None:
+        if bucket.eight_bit and self._device.type == "cuda" and not self._is_fake:
+            # bitsandbytes launches this kernel on the default stream, whichever is current.
+            assert torch.cuda.current_stream(self._device) == torch.cuda.default_stream(self._device)
+        now.order.append(bucket.index)
+        buffer = self._states.take(bucket.index, following)
+        pieces = [piece for piece in bucket.pieces if piece.weight.grad is not None]
+        states = [{name: of.of(buffer) for name, of in piece.fields.items()} for piece in pieces]
+        values = [_value(piece, state) for piece, state in zip(pieces, states, strict=True)]
+        gradients = [_float32(piece, _gradient(piece.weight)) for piece in pieces]
+        # What is measured: the weights and what is stepped for them, as they were.
+        before = [piece.cut(piece.weight.detach()).clone() for piece in pieces] if now.measured else []
+        stood = [value.clone() for value in values] if now.measured else []
+        if now.clip_each:
+            for piece, gradient in zip(pieces, gradients, strict=True):
+                gradient.mul_((self.options.clip_norm / (now.norms[piece.name] + 1e-6)).clamp(max=1.0))
+        for piece in pieces:
+            piece.num_steps += 1
+        if bucket.eight_bit:
+            assert self._eight_bit is not None
+            self._eight_bit.update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
+        else:
+            _update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
+        del gradients
+        meant = [value - old for value, old in zip(values, stood, strict=False)]
+        del stood
+        generator = self._generator(now.rounding, bucket)
+        for piece, value in zip(pieces, values, strict=True):
+            self._bring_back(piece, value, generator)
+        if now.measured is not None:
+            for piece, old, intended in zip(pieces, before, meant, strict=True):
+                made = piece.cut(piece.weight.detach()).to(torch.float32) - old.to(torch.float32)
+                now.measured.projected.append((made * intended).sum())
+                now.measured.meant.append(intended.square_().sum())
+                now.measured.changed.append(made.count_nonzero())
+        self._states.put(bucket.index)
+
+    def _bring_back(self, piece: Piece, value: torch.Tensor, generator: torch.Generator | None) -> None:
+        """Round what was stepped into the weight. Uses up `value`, unless it is a master copy."""
+        weight = piece.weight.detach()
+        if weight.dtype == torch.float32 and weight.is_contiguous():
+            return  # stepped in place
+        if weight.dtype == torch.bfloat16 and "master" not in piece.fields and self.options.rounding == "stochastic":
+            assert generator is not None or self._is_fake, "stochastic rounding draws from a generator"
+            value = stochastic_round_(value, generator)
+        to = piece.cut(weight) if weight.is_contiguous() else weight
+        to.copy_(value.view(to.shape))
+
+    def _generator(self, rounding: torch.Generator | int | None, bucket: Bucket) -> torch.Generator | None:
+        """What draws the rounding of a bucket."""
+        if not isinstance(rounding, int):
+            return rounding
+        if self._is_fake:
             return None
-        device = next(iter(self.parameters.values())).device
+        if self._noise is None:
+            self._noise = torch.Generator(self._device)
+        mixed = np.random.SeedSequence((rounding, bucket.index)).generate_state(1, np.uint64)[0]
+        return self._noise.manual_seed(int(mixed >> np.uint64(1)))
+
+    @property
+    def _is_fake(self) -> bool:
+        """Whether memory is only counted: torch's fake tensors are of another class, and draw nothing."""
+        return type(next(iter(self.parameters.values())).data) is not torch.Tensor
+
+    def _survival(self, now: _Pass) -> Survival | None:
+        if now.measured is None:
+            return None
         num_weights = sum(parameter.numel() for parameter in self.parameters.values())
-        changed = sum((count.to(device) for count in num_changed), torch.zeros((), dtype=torch.int64, device=device))
-        return (changed.double() / num_weights).float()
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        projected, meant, changed = (
+            torch.stack([zero, *(one.to(zero.dtype) for one in sums)]).sum()
+            for sums in (now.measured.projected, now.measured.meant, now.measured.changed)
+        )
+        kept = torch.where(meant > 0, projected / meant, 1.0)  # of nothing, nothing is lost
+        return Survival(kept.float(), (changed / num_weights).float())
+
+    # --- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What a later run needs to step on exactly as this one would have: tensors, and the rest as plain JSON values.
 
         Tensors are copies on the CPU, keyed "<parameter>.<state>"; their dtypes are the states' own (float32, uint8).
-        The rest is `{"kind": ..., "parameters": {name: {"shape", "tensors", "numbers"}}}`. Settings are not part of it:
-        they come from the options of the run that goes on. The generator's state is its owner's to keep.
+        The rest is `{"kind": ..., "master": ..., "parameters": {name: {"shape", "tensors", "numbers"}}}`. Settings are
+        not part of it: they come from the options of the run that goes on, which may keep its states elsewhere. The
+        generator's state is its owner's to keep.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        described: dict[str, Any] = {}
+        parts: dict[str, dict[str, list[torch.Tensor]]] = {name: {} for name in self.parameters}
+        described: dict[str, Any] = {
+            name: {"shape": list(parameter.shape), "tensors": [], "numbers": {}}
+            for name, parameter in self.parameters.items()
+        }
         for bucket in self._buckets:
-            for name, weight, stepped in zip(bucket.names, bucket.weights, bucket.stepped, strict=True):
-                state = bucket.inner.state.get(stepped, {})
-                held = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-                tensors |= {f"{name}.{key}": value.detach().to("cpu", copy=True) for key, value in held.items()}
-                described[name] = {
-                    "shape": list(weight.shape),
-                    "tensors": list(held),
-                    "numbers": {key: value for key, value in state.items() if key not in held},
-                }
-        return tensors, {"kind": self.options.kind, "parameters": {name: described[name] for name in self.parameters}}
+            if not any(piece.num_steps for piece in bucket.pieces):
+                continue
+            buffer = self._states.at_rest(bucket.index).to("cpu")
+            for piece in bucket.pieces:
+                if not piece.num_steps:  # none yet: the parameter had no gradient so far
+                    continue
+                for key, of in piece.fields.items():
+                    parts[piece.name].setdefault(key, []).append(of.of(buffer))
+                if bucket.eight_bit:
+                    assert self._eight_bit is not None
+                    parts[piece.name] |= {key: [code.cpu()] for key, code in self._eight_bit.codes.items()}
+                    described[piece.name]["numbers"] = {"step": piece.num_steps}
+                else:
+                    parts[piece.name]["step"] = [torch.tensor([float(piece.num_steps)])]
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self.parameters.items():
+            described[name]["tensors"] = list(parts[name])
+            for key in list(parts[name]):
+                whole = torch.cat(parts[name].pop(key))  # copies, also where there is one piece
+                tensors[f"{name}.{key}"] = whole.view(_shape(key, parameter, whole.numel()))
+        return tensors, {"kind": self.options.kind, "master": self.options.master, "parameters": described}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Take over what `state` returned, in this process or another; the given tensors are copied.
@@ -235,14 +482,20 @@ class Optimizer:
         self._refuse_other_state(tensors, meta)
         described = meta["parameters"]
         for bucket in self._buckets:
-            states: dict[int, dict[str, Any]] = {}
-            for index, name in enumerate(bucket.names):
-                of = described[name]
-                state = {key: tensors[f"{name}.{key}"].clone() for key in of["tensors"]} | of["numbers"]
-                if state:  # none yet: the parameter had no gradient so far
-                    states[index] = state
-            groups = bucket.inner.state_dict()["param_groups"]  # the settings of this run, not of the saved one
-            bucket.inner.load_state_dict({"state": states, "param_groups": groups})
+            had_steps = any(piece.num_steps for piece in bucket.pieces)
+            if not had_steps and not any(described[piece.name]["tensors"] for piece in bucket.pieces):
+                continue
+            buffer = self._states.at_rest(bucket.index).zero_()
+            for piece in bucket.pieces:
+                piece.num_steps = 0
+                if not described[piece.name]["tensors"]:  # none yet: the parameter had no gradient so far
+                    continue
+                for key, of in piece.fields.items():
+                    saved = tensors[f"{piece.name}.{key}"].reshape(-1)
+                    start = piece.start // BLOCK_NUMEL if key.startswith("absmax") else piece.start
+                    of.of(buffer).copy_(saved[start : start + of.shape[0]])
+                numbers = described[piece.name]["numbers"]
+                piece.num_steps = int(numbers["step"] if numbers else tensors[f"{piece.name}.step"].item())
 
     def _refuse_other_state(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         mend = "resume with the options of the saved run, or start without its optimizer state"
@@ -250,6 +503,11 @@ class Optimizer:
             raise UserError(
                 f"the saved optimizer state is of kind '{meta['kind']}', "
                 f"but optimizer.kind is '{self.options.kind}': {mend}"
+            )
+        if meta.get("master", False) != self.options.master:
+            raise UserError(
+                f"the saved optimizer state is {'with' if meta.get('master', False) else 'without'} float32 master "
+                f"weights, but optimizer.master is {str(self.options.master).lower()}: {mend}"
             )
         described = meta["parameters"]
         wrong = [
@@ -273,36 +531,102 @@ class Optimizer:
                 f"the saved optimizer state is damaged, these tensors are missing or unexpected: "
                 f"{_some(sorted(expected ^ set(tensors)))}: resume from another checkpoint, or start without it"
             )
+        misshapen = [key for key, tensor in tensors.items() if not self._fits(key, tensor)]
+        if misshapen:
+            raise UserError(
+                f"the saved optimizer state is not as torch or bitsandbytes keep it here: {_some(sorted(misshapen))}: "
+                "resume with the version that the run was saved with, or start without its optimizer state"
+            )
 
-    def _bucket(self, names: list[str]) -> _Bucket:
-        weights = [self.parameters[name] for name in names]
-        rounded = weights[0].dtype == torch.bfloat16
-        stepped = [torch.nn.Parameter(_nothing_like(weight)) for weight in weights] if rounded else weights
-        eight_bit = _in_8_bits(self.options.kind, weights[0])
-        return _Bucket(names, weights, stepped, _inner_optimizer(self.options, stepped, eight_bit))
+    def _fits(self, key: str, tensor: torch.Tensor) -> bool:
+        """Whether a saved tensor is of the dtype and size that it has here; codes of 8-bit numbers, of the values."""
+        name, _, state = key.rpartition(".")
+        if state == "step":
+            return tensor.numel() == 1
+        if self._eight_bit is not None and state in self._eight_bit.codes:
+            return torch.equal(self._eight_bit.codes[state].cpu(), tensor.cpu())
+        fields = [piece.fields.get(state) for bucket in self._buckets for piece in bucket.pieces if piece.name == name]
+        return tensor.numel() == sum(of.shape[0] for of in fields if of is not None) and all(
+            of is not None and of.dtype == tensor.dtype for of in fields
+        )
 
-    def _bring_back(
-        self, graded: list[tuple[torch.nn.Parameter, torch.nn.Parameter]], generator: torch.Generator | None
+
+class _EightBit:
+    """AdamW on 8-bit moments: bitsandbytes' kernel, which reads and writes them in place.
+
+    The kernel itself, not its optimizer class, which waits for the device after each weight.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            # Here, because importing it takes seconds.
+            from bitsandbytes.functional import create_dynamic_map, optimizer_update_8bit_blockwise
+        except ImportError as error:
+            raise UserError(
+                f"optimizer.kind 'adamw8bit' needs bitsandbytes ({error}): pip install bitsandbytes, or choose 'adamw'"
+            ) from error
+        self._kernel = optimizer_update_8bit_blockwise
+        self.codes = {
+            "qmap1": create_dynamic_map(signed=True).to(device),
+            "qmap2": create_dynamic_map(signed=False).to(device),
+        }
+        """What the 256 values of a byte stand for, (256,) float32: of the mean, and of the mean of squares."""
+
+    def update(
+        self,
+        options: OptimizerOptions,
+        pieces: list[Piece],
+        values: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        states: list[dict[str, torch.Tensor]],
+        learning_rate: float,
+        scale: float,
     ) -> None:
-        """Round what was stepped into the bfloat16 weights and empty the stand-ins."""
-        for weight, stepped in graded:
-            if stepped is weight:
-                continue
-            if self.options.rounding == "stochastic":
-                assert generator is not None, "stochastic rounding draws from a generator"
-                weight.copy_(stochastic_round_(stepped.data, generator))
-            else:
-                weight.copy_(stepped.data)
-            stepped.grad = None
-            stepped.data = _nothing_like(weight)
+        """Step float32 `values` by `scale` times their `gradients`; `num_steps` of the pieces count this step."""
+        for piece, value, gradient, state in zip(pieces, values, gradients, states, strict=True):
+            self._kernel(
+                "adam", gradient, value, state["state1"], state["state2"],
+                options.beta1, options.beta2, 0.0, 0.0, options.epsilon, piece.num_steps, learning_rate,
+                self.codes["qmap1"], self.codes["qmap2"], state["absmax1"], state["absmax2"],
+                options.weight_decay, gnorm_scale=scale,
+            )  # fmt: skip
 
 
-def _fill(graded: list[tuple[torch.nn.Parameter, torch.nn.Parameter]]) -> None:
-    """Fill the stand-ins with float32 copies of their weights and gradients."""
-    for weight, stepped in graded:
-        if stepped is not weight:
-            stepped.data = weight.detach().to(torch.float32, memory_format=torch.contiguous_format)
-            stepped.grad = _gradient(weight).to(torch.float32, memory_format=torch.contiguous_format)
+def _update(
+    options: OptimizerOptions,
+    pieces: list[Piece],
+    values: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    states: list[dict[str, torch.Tensor]],
+    learning_rate: float,
+    scale: float,
+) -> None:
+    """AdamW on 32-bit moments, torch's, in one fused call: step float32 `values` by `scale` times their `gradients`."""
+    if scale != 1.0:
+        for gradient in gradients:
+            gradient.mul_(scale)
+    # The fused kernel counts on the device, one up.
+    steps = [torch.full((), float(piece.num_steps - 1), device=values[0].device) for piece in pieces]
+    adamw(
+        values, gradients, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
+        steps, fused=True, amsgrad=False, maximize=False,
+        beta1=options.beta1, beta2=options.beta2, lr=learning_rate,
+        weight_decay=options.weight_decay, eps=options.epsilon,
+    )  # fmt: skip
+
+
+def _value(piece: Piece, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What is stepped for a piece: float32, flat. The weight itself, its master copy, or a temporary copy."""
+    if "master" not in state:
+        return _float32(piece, piece.weight.detach())
+    if piece.num_steps == 0:
+        state["master"].copy_(piece.cut(piece.weight.detach()))
+    return state["master"]
+
+
+def _float32(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+    """The piece's part of a weight or gradient in float32, flat: a view where that is possible."""
+    return piece.cut(tensor).to(torch.float32).contiguous()
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -310,53 +634,17 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
-def _nothing_like(weight: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.float32, device=weight.device)
+def _norm(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """In float32 also for bfloat16 gradients: torch's own total norm would be rounded to bfloat16, to 0.4 %."""
+    return torch.linalg.vector_norm(_gradient(parameter), dtype=torch.float32)
 
 
-def _in_8_bits(kind: Kind, parameter: torch.Tensor) -> bool:
-    return kind == "adamw8bit" and parameter.numel() >= MIN_8BIT_NUMEL
-
-
-def _bucket_names(kind: Kind, parameters: Mapping[str, torch.nn.Parameter]) -> list[list[str]]:
-    """Names of parameters that can be stepped together (one device, dtype and state), in their order, in buckets no
-    larger than the largest parameter."""
-    limit = max(parameter.numel() for parameter in parameters.values())
-    alike: dict[tuple[torch.device, torch.dtype, bool], list[list[str]]] = {}
-    filled: dict[tuple[torch.device, torch.dtype, bool], int] = {}
-    for name, parameter in parameters.items():
-        key = (parameter.device, parameter.dtype, _in_8_bits(kind, parameter))
-        if key not in alike or filled[key] + parameter.numel() > limit:
-            alike.setdefault(key, []).append([])
-            filled[key] = 0
-        alike[key][-1].append(name)
-        filled[key] += parameter.numel()
-    return [names for buckets in alike.values() for names in buckets]
-
-
-def _inner_optimizer(
-    options: OptimizerOptions, parameters: Iterable[torch.nn.Parameter], eight_bit: bool
-) -> torch.optim.Optimizer:
-    """The optimizer that does the arithmetic, on float32 parameters.
-
-    Small tensors of `adamw8bit` go to torch: the same float32 AdamW as in bitsandbytes, but one fused call for all of
-    them, where bitsandbytes launches and waits once for each.
-    """
-    settings: dict[str, Any] = {
-        "lr": options.learning_rate,
-        "betas": (options.beta1, options.beta2),
-        "eps": options.epsilon,
-        "weight_decay": options.weight_decay,
-    }
-    if not eight_bit:
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    try:
-        from bitsandbytes.optim import AdamW8bit  # here, because importing it takes seconds
-    except ImportError as error:
-        raise UserError(
-            f"optimizer.kind 'adamw8bit' needs bitsandbytes ({error}): pip install bitsandbytes, or choose 'adamw'"
-        ) from error
-    return AdamW8bit(parameters, min_8bit_size=MIN_8BIT_NUMEL, **settings)
+def _shape(key: str, parameter: torch.Tensor, numel: int) -> tuple[int, ...]:
+    """The shape of a state in a checkpoint: one value for each weight, or for each block, or one number."""
+    if key == "step":
+        return ()
+    per_weight = not key.startswith(("absmax", "qmap"))
+    return tuple(parameter.shape) if per_weight else (numel,)
 
 
 def _some(names: list[str]) -> str:
