@@ -15,11 +15,12 @@ How it is used:
     modulation.compute(t, pooled).use(0, B)       # before a forward on anything else: one stream of all weights a call
     modulation.close()                            # when the run ends, however it ends
 
-On the CPU a run that resumes has the same bits, wherever it was interrupted: groups of batches begin at fixed
-positions, and a row is always computed in the same place of a product of the same shape.
+On a GPU many batches are one product, and its shape is part of how a sum is rounded: groups of batches begin at fixed
+positions, and a row is always computed in the same place of a product of the same shape, wherever a run was resumed.
+On the CPU each batch is a product of its own, as it would be in the base: hoisting changes no bit there.
 
 Letters: B samples of a batch, R the most that a batch has, S batches that are computed together, M = S R rows, P and D
-features of the pooled text and of the vector that the linears see.
+features of the pooled text and of the vector that the linears see, n outputs of one piece of a linear.
 """
 
 from __future__ import annotations
@@ -195,6 +196,8 @@ class Modulation:
         self._linears, self._places = linears, _hoisted(family, base)
         self.num_parameters = sum(_checked(linears, name, place) for name, place in self._places.items())
         """Of the weights and biases that the device does not hold."""
+        self.together = device.type == "cuda"
+        """Whether many batches are one product: each weight is then read once for all of them."""
         self.waited_seconds = 0.0
         """How long training has waited for rows, all in all."""
         self._following: _Following | None = None
@@ -328,13 +331,13 @@ class Modulation:
     def _compute(self, t: torch.Tensor, pooled: torch.Tensor, host: torch.Tensor, R: int) -> None:
         """Fill `host`, (S, numbers of a batch), with the rows of t (S, R) and pooled (S, R, P)."""
         stages = [_Stage(self.device, self.dtype), _Stage(self.device, self.dtype)]
+        t, pooled = (t.reshape(1, -1), pooled.flatten(0, 1)[None]) if self.together else (t, pooled)
         with torch.cuda.stream(self._stream):
-            x = self.family.time_embedding(
-                self.base,
-                t.flatten().to(self.device),
-                self.guidance,
-                pooled.flatten(0, 1).to(device=self.device, dtype=self.dtype),
-            )  # (M, D)
+            t, pooled = t.to(self.device), pooled.to(device=self.device, dtype=self.dtype)
+            xs = [
+                self.family.time_embedding(self.base, t_, self.guidance, pooled_)
+                for t_, pooled_ in zip(t, pooled, strict=True)
+            ]  # (M, D), or S times (R, D)
             for name, offset in self._layout(R).offsets.items():
                 weight, bias = self._linears.read(name)
                 targets = host[:, offset : offset + R * len(weight)].unflatten(1, (R, len(weight)))  # (S, R, out)
@@ -344,7 +347,7 @@ class Modulation:
                         raise _GivenUpError
                     end = min(begin + count, len(weight))
                     stages[0].finish()
-                    stages[0].start(x, weight[begin:end], None if bias is None else bias[begin:end])
+                    stages[0].start(xs, weight[begin:end], None if bias is None else bias[begin:end])
                     stages[0].target = targets[:, :, begin:end]
                     stages.reverse()
             for stage in stages:
@@ -387,8 +390,8 @@ class _Stage:
         self.target: torch.Tensor | None = None
         """Where the rows go in the end, (S, R, n)."""
 
-    def start(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Begin x (M, D) times weight (n, D), plus bias (n,), on the present stream."""
+    def start(self, xs: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Begin the products of all x (rows, D) with weight (n, D), plus bias (n,), on the present stream."""
         assert self._pending is None
         n, D = weight.shape
         self._weights = self._grown(self._weights, n * (D + 1))
@@ -397,7 +400,9 @@ class _Stage:
         if bias is not None:
             staged[n * D :].copy_(bias)
         there = staged.to(self._device, non_blocking=True)
-        rows = torch.nn.functional.linear(x, there[: n * D].view(n, D), None if bias is None else there[n * D :])
+        weight_, bias_ = there[: n * D].view(n, D), None if bias is None else there[n * D :]
+        outputs = [torch.nn.functional.linear(x, weight_, bias_) for x in xs]
+        rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (M, n)
         self._rows = self._grown(self._rows, rows.numel())
         self._pending = self._rows[: rows.numel()].view(rows.shape)
         self._pending.copy_(rows, non_blocking=True)
