@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Collection, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from shared.families.base import Batch, Tensors
 from train.order import GlobalOrder, Order, WindowOrder, uniform
 from train.rows import Buffers, Stacking
 from train.samples import EMPTY_CAPTION, CachedSamples, Choice
+from train.transfer import Coming, Transfer
 
 WINDOW_CHUNKS = 8
 """Chunks of neighbours that a window is made of."""
@@ -174,28 +176,32 @@ class Loader:
             if self.device.index is not None and self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # a thread begins on GPU 0: pinning would take memory there
 
-        ahead = _Ahead(self)
+        ahead, transfer = _Ahead(self), Transfer(self.device)
         ready: deque[_Making] = deque()
         following = self.step * self.batches_per_step + self.rank
         threads = ThreadPoolExecutor(self.options.workers, thread_name_prefix="loader", initializer=begin)
         try:
             while True:
-                taken: list[Batch] = []
+                taken: list[Coming] = []
                 self.waited_seconds = 0.0
                 while len(taken) < self.options.accumulation:
                     if ready:
                         began = time.perf_counter()
-                        taken.append(ready.popleft().take())
+                        taken.append(ready.popleft().take(transfer))
                         self.waited_seconds += time.perf_counter() - began
                     # Not before one is taken: threads that begin another compete for the interpreter meanwhile.
                     ahead.announce(following - len(ready) * self.num_ranks)
                     while len(ready) < self.options.prefetch:
                         ready.append(_Making(threads, self, following))
                         following += self.num_ranks
+                if transfer.ahead:  # the next step's batches arrive during this one, no more: they take memory
+                    for making in islice(ready, self.options.accumulation):
+                        making.send(transfer)
                 self.step += 1
-                yield [to_device(batch, self.device) for batch in taken]
+                yield [coming.take() for coming in taken]
         finally:
             threads.shutdown(cancel_futures=True)
+            transfer.close()
             ahead.close()
 
     def state(self) -> dict[str, Any]:
@@ -239,6 +245,7 @@ class _Making:
         self._stacking: Stacking | None = None
         self._begun = begun = threading.Event()
         self._batch = threads.submit(loader.make, position, self)
+        self._coming: Coming | None = None
         # Not through `self`: in a circle of references the batch's memory would wait for the garbage collector.
         self._batch.add_done_callback(lambda _: begun.set())
 
@@ -247,12 +254,19 @@ class _Making:
         self._stacking = stacking
         self._begun.set()
 
-    def take(self) -> Batch:
-        """The batch, when it is made. Whoever waits for it helps to read it."""
+    def send(self, transfer: Transfer) -> None:
+        """If it is made, begin to copy it to the device."""
+        if self._coming is None and self._batch.done() and self._batch.exception() is None:
+            self._stacking, self._coming = None, transfer.begin(self._batch.result())
+
+    def take(self, transfer: Transfer) -> Coming:
+        """The batch on its way to the device, when it is made. Whoever waits for it helps to read it."""
+        if self._coming is not None:
+            return self._coming
         self._begun.wait()
         if self._stacking is not None:
             self._stacking.help()
-        return self._batch.result()
+        return transfer.begin(self._batch.result())
 
 
 class _Ahead:
