@@ -129,7 +129,7 @@ class CudaLane:
         self._stream.synchronize()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     buffer: torch.Tensor
     holds: int | None = None
@@ -170,10 +170,10 @@ class HostStates:
         """Make the slots. They live during the step only."""
         self.end()  # of a step that was broken off
         size, num_slots = max(rest.numel() for rest in self._rest), min(NUM_SLOTS, len(self._rest))
-        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self._device)) for _ in range(num_slots)]
-        # The slots' memory may have been someone else's, who is still at work with it.
+        self._slots = [_Slot(self._device_memory(size)) for _ in range(num_slots)]
+        # The slots' memory may have been someone else's, who is still at work with it; and what the last step sent to
+        # rest must have arrived there: that, the stepping lane has waited for.
         self._arriving.wait(self._stepping.mark())
-        self._arriving.wait(self._leaving.mark())
 
     def take(self, index: int, following: int | None) -> torch.Tensor:
         """The bucket's states in a slot; those of `following` are sent for."""
@@ -207,6 +207,9 @@ class HostStates:
         assert not self._slots, "in the middle of a step"
         self._leaving.finish()
         return self._rest[index]
+
+    def _device_memory(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def _send_for(self, index: int) -> _Slot:
         for slot in self._slots:
