@@ -16,7 +16,8 @@ import torch
 
 import train.optimizer
 from shared.errors import UserError
-from train.optimizer import Optimizer, OptimizerOptions, learning_rate, stochastic_round_
+from train.offload import HostStates
+from train.optimizer import Optimizer, OptimizerOptions, Survival, learning_rate, stochastic_round_
 
 KINDS = ["adamw", "adamw8bit"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -404,6 +405,26 @@ def test_state_of_another_kind_is_refused() -> None:
         Optimizer(options(kind="adamw8bit"), network(torch.float32)).load_state(*saved())
 
 
+def test_state_with_a_master_copy_is_refused_without_one_and_the_other_way_round() -> None:
+    with pytest.raises(UserError, match=r"is without float32 master weights, but optimizer\.master is true"):
+        Optimizer(options(kind="adamw", master=True), network(torch.float32)).load_state(*saved())
+    tensors, meta = saved()
+    with pytest.raises(UserError, match=r"is with float32 master weights, but optimizer\.master is false"):
+        Optimizer(options(kind="adamw"), network(torch.float32)).load_state(tensors, meta | {"master": True})
+
+
+def test_state_of_another_8_bit_code_or_size_is_refused_before_anything_is_changed() -> None:
+    made = Optimizer(options(), network(torch.bfloat16))
+    run(made, range(1), generator())
+    for key in ("blocks.0.weight.qmap1", "blocks.0.weight.absmax2", "scale.step"):
+        tensors, meta = made.state()
+        tensors[key] = torch.cat([tensors[key].view(-1), torch.ones(1)])
+        fresh = Optimizer(options(), network(torch.bfloat16))
+        with pytest.raises(UserError, match=f"is not as torch or bitsandbytes keep it here: {key}"):
+            fresh.load_state(tensors, meta)
+        assert fresh.state()[0] == {}
+
+
 def test_state_of_other_parameters_is_refused_and_they_are_named() -> None:
     fewer = network(torch.float32)
     del fewer["scale"]
@@ -425,6 +446,307 @@ def test_damaged_state_is_refused_before_anything_is_changed() -> None:
     with pytest.raises(UserError, match=r"missing or unexpected: scale\.exp_avg, surplus"):
         optimizer.load_state(tensors, meta)
     assert optimizer.state()[0] == {}
+
+
+# --- master weights, host states, released gradients ------------------------------------------------------------------
+
+CHUNK = 4096
+"""Small, so that the test's weights are cut in pieces; from 256 values on they count as large."""
+
+
+class Net(torch.nn.Module):
+    """Two layers whose weights take several chunks, biases that are small, and one parameter that nothing uses."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        draw = generator(7)
+        self.first = torch.nn.Linear(80, 120, dtype=dtype)
+        self.second = torch.nn.Linear(120, 70, dtype=dtype)
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=dtype))
+        self.idle = torch.nn.Parameter(torch.ones(300, dtype=dtype))
+        with torch.no_grad():
+            for weight in (*self.first.parameters(), *self.second.parameters()):
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
+
+    def loss(self, seed: int) -> torch.Tensor:
+        inputs = torch.randn(32, 80, generator=generator(seed)).to(self.scale.dtype)
+        hidden = torch.nn.functional.gelu(self.first(inputs))
+        return (self.scale * self.second(hidden)).float().square().mean()
+
+
+def trained(
+    dtype: torch.dtype, steps: range = range(5), net: Net | None = None, **changes: Any
+) -> tuple[Net, Optimizer]:
+    """A net after `steps` training steps, and its optimizer."""
+    net = net or Net(dtype)
+    made = Optimizer(options(**changes), dict(net.named_parameters()), chunk_numel=CHUNK)
+    train_on(net, made, steps)
+    return net, made
+
+
+def train_on(net: Net, made: Optimizer, steps: range) -> list[Survival | None]:
+    survivals = []
+    for step in steps:
+        made.begin(1e-3 / (1 + step), 1000 + step, measure=True)
+        net.loss(step).backward()
+        survivals.append(made.finish(made.norm().item()))
+    return survivals
+
+
+def assert_same(one: tuple[Net, Optimizer], other: tuple[Net, Optimizer]) -> None:
+    """Weights and states, to the bit."""
+    for (name, weight), theirs in zip(one[0].named_parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(weight, theirs), name
+    (tensors, meta), (their_tensors, their_meta) = one[1].state(), other[1].state()
+    assert meta == their_meta
+    assert tensors.keys() == their_tensors.keys()
+    assert all(torch.equal(tensor, their_tensors[key]) for key, tensor in tensors.items())
+
+
+VARIANTS = [
+    pytest.param(kind, dtype, master, id=f"{kind}-{str(dtype)[6:]}-{'master' if master else 'rounded'}")
+    for kind in KINDS
+    for dtype in DTYPES
+    for master in (False, True)
+    if not (master and dtype == torch.float32)
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "master"), VARIANTS)
+def test_states_in_host_memory_give_the_weights_that_states_on_the_device_give_to_the_bit(
+    kind: str, dtype: torch.dtype, master: bool
+) -> None:
+    on_device = trained(dtype, kind=kind, master=master)
+    assert_same(on_device, trained(dtype, kind=kind, master=master, states="cpu"))
+    start = Net(dtype)
+    moved = [not torch.equal(a, b) for a, b in zip(on_device[0].parameters(), start.parameters(), strict=True)]
+    assert sum(moved) >= len(moved) - 2  # all but the idle one, and perhaps the bf16 scale
+
+
+@pytest.mark.parametrize("states", ["device", "cpu"])
+@pytest.mark.parametrize("clipping", [{"clip_norm": 0.0}, {"clip": "parameter", "clip_norm": 1e-3}])
+@pytest.mark.parametrize(("kind", "dtype", "master"), VARIANTS)
+def test_released_gradients_give_the_weights_that_kept_ones_give_to_the_bit(
+    kind: str, dtype: torch.dtype, master: bool, clipping: dict[str, Any], states: str
+) -> None:
+    alike: dict[str, Any] = {"kind": kind, "master": master} | clipping
+    assert_same(trained(dtype, **alike), trained(dtype, release=True, states=states, **alike))
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_released_gradients_are_gone_before_the_next_is_there(release: bool) -> None:
+    net = Net(torch.bfloat16)
+    made = Optimizer(options(release=release, clip_norm=0), dict(net.named_parameters()), chunk_numel=CHUNK)
+    most = 0
+
+    def count(_: torch.Tensor) -> None:
+        nonlocal most
+        most = max(most, sum(p.grad.numel() for p in net.parameters() if p.grad is not None))
+
+    for weight in net.parameters():
+        weight.register_post_accumulate_grad_hook(count)
+    made.begin(1e-3, 0)
+    net.loss(0).backward()
+    small = net.first.bias.numel() + net.second.bias.numel() + 1
+    assert most <= small if release else most == small + net.first.weight.numel() + net.second.weight.numel()
+    norm = made.norm()
+    made.finish(norm.item())
+    plain = Net(torch.bfloat16)
+    plain.loss(0).backward()
+    assert norm.item() == pytest.approx(Optimizer(options(), dict(plain.named_parameters())).clip(0).item(), rel=1e-5)
+
+
+def test_a_backward_outside_of_a_training_step_releases_nothing() -> None:
+    net, _ = trained(torch.float32, range(0), release=True, clip_norm=0)
+    before = [weight.detach().clone() for weight in net.parameters()]
+    net.loss(0).backward()
+    assert net.first.weight.grad is not None
+    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+
+
+def test_a_second_backward_within_a_step_is_caught_where_gradients_are_released() -> None:
+    net = Net(torch.float32)
+    made = Optimizer(options(release=True, clip_norm=0), dict(net.named_parameters()), chunk_numel=CHUNK)
+    made.begin(1e-3, 0)
+    net.loss(0).backward()
+    with pytest.raises(AssertionError, match="a second gradient"):
+        net.loss(1).backward()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "master"), VARIANTS)
+@pytest.mark.parametrize(("before", "after"), [("device", "cpu"), ("cpu", "device"), ("cpu", "cpu")])
+def test_a_run_resumes_to_the_bit_wherever_its_states_were_and_are(
+    kind: str, dtype: torch.dtype, master: bool, before: str, after: str, tmp_path: Path
+) -> None:
+    alike: dict[str, Any] = {"kind": kind, "master": master}
+    through = trained(dtype, range(7), **alike)
+    net, stopped = trained(dtype, range(3), states=before, **alike)
+    tensors, meta = stopped.state()
+    safetensors.torch.save_file(tensors, tmp_path / "optimizer.safetensors")
+    meta = json.loads(json.dumps(meta))
+    weights = {name: weight.detach().clone() for name, weight in net.state_dict().items()}
+    train_on(net, stopped, range(3, 4))  # what the stopped run does afterwards does not matter
+
+    resumed = Net(dtype)
+    made = Optimizer(options(states=after, **alike), dict(resumed.named_parameters()), chunk_numel=CHUNK)
+    resumed.load_state_dict(weights)
+    made.load_state(safetensors.torch.load_file(tmp_path / "optimizer.safetensors"), meta)
+    train_on(resumed, made, range(3, 7))
+    assert_same(through, (resumed, made))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_master_copy_moves_as_float32_weights_do_and_the_weights_are_its_nearest(kind: str) -> None:
+    half, full = network(torch.bfloat16), network(torch.float32)
+    for name, weight in full.items():
+        weight.data = half[name].detach().float()
+    ours, theirs = Optimizer(options(kind=kind, master=True), half), Optimizer(options(kind=kind), full)
+    for step in range(20):
+        set_gradients(half, step)
+        for name, weight in full.items():
+            gradient = half[name].grad
+            weight.grad = None if gradient is None else gradient.float()
+        ours.step(1e-4, None)
+        theirs.step(1e-4, None)
+    masters = {key: value for key, value in ours.state()[0].items() if key.endswith(".master")}
+    assert masters.keys() == {f"{name}.master" for name in half if name != "idle"}
+    for name in set(half) - {"idle"}:
+        assert torch.equal(masters[f"{name}.master"], full[name]), name
+        assert torch.equal(half[name], full[name].to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_master_copy_keeps_a_drift_of_1000_small_updates(kind: str) -> None:
+    assert kept_drift(1000, kind=kind, master=True) == pytest.approx(1, abs=0.03)
+
+
+def test_states_in_host_memory_leave_the_device_nothing_between_steps() -> None:
+    _, made = trained(torch.bfloat16, kind="adamw", master=True, states="cpu")
+    assert isinstance(made._states, HostStates)
+    assert not made._states._slots
+    assert sum(rest.numel() for rest in made._states._rest) == made.state_bytes
+    num_weights = sum(weight.numel() for weight in made.parameters.values())
+    assert made.state_bytes == pytest.approx(12 * num_weights, rel=0.05)
+
+
+def test_in_float32_it_does_not_matter_where_weights_are_cut() -> None:
+    nets = []
+    for chunk_numel in (CHUNK, 1 << 24):
+        net = Net(torch.float32)
+        made = Optimizer(options(), dict(net.named_parameters()), chunk_numel=chunk_numel)
+        train_on(net, made, range(5))
+        nets.append((net, made))
+    assert len(nets[0][1]._buckets) > len(nets[1][1]._buckets)
+    assert_same(*nets)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_on_the_way_is_clipping_before(kind: str) -> None:
+    clipped, before = network(torch.float32), network(torch.float32)
+    ours, theirs = (Optimizer(options(kind=kind, clip_norm=0.5), weights) for weights in (clipped, before))
+    for step in range(3):
+        ours.begin(1e-3, None)
+        set_gradients(clipped, step)
+        set_gradients(before, step)
+        norm = ours.norm()
+        assert norm.item() == theirs.clip(0.5).item() > 0.5
+        ours.finish(norm.item())
+        theirs.step(1e-3, None)
+    for name, weight in clipped.items():
+        torch.testing.assert_close(weight, before[name], rtol=1e-5, atol=1e-6)
+    small = "scale.exp_avg"  # of unclipped gradients it would be 80 times as large
+    torch.testing.assert_close(ours.state()[0][small], theirs.state()[0][small], rtol=1e-5, atol=0)
+
+
+def test_gradients_are_clipped_each_by_itself_where_that_is_chosen() -> None:
+    weights = {name: parameter(8) for name in ("loud", "quiet")}
+    made = Optimizer(options(kind="adamw", clip="parameter", clip_norm=1.0), weights)
+    made.begin(1e-3, None)
+    weights["loud"].grad, weights["quiet"].grad = torch.full((8,), 5.0), torch.full((8,), 0.1)
+    norm = made.norm()
+    assert norm.item() == pytest.approx(math.sqrt(8 * 25 + 8 * 0.01))
+    made.finish(norm.item())
+    tensors, _ = made.state()
+    assert torch.linalg.vector_norm(tensors["loud.exp_avg"]).item() == pytest.approx(0.1, rel=1e-4)
+    torch.testing.assert_close(tensors["quiet.exp_avg"], torch.full((8,), 0.01))
+
+
+def test_noise_depends_on_the_seed_and_the_weight_but_not_on_the_order() -> None:
+    def stepped(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = {name: parameter(64, 64, dtype=torch.bfloat16) for name in ("a", "b")}
+        made = Optimizer(options(), weights, chunk_numel=CHUNK)
+        for weight in weights.values():
+            weight.grad = torch.ones(64, 64, dtype=torch.bfloat16)
+        made.step(2e-5, seed)
+        return weights["a"].detach(), weights["b"].detach()
+
+    a, b = stepped(1)
+    assert not torch.equal(a, b)
+    assert torch.equal(a, stepped(1)[0])
+    assert not torch.equal(a, stepped(2)[0])
+
+
+# --- what survives --------------------------------------------------------------------------------------------------
+
+
+def survival(steps: int = 20, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tuple[float, float]:
+    """Mean share of an update that is kept, and of weights that change, at 2e-5 and weights of std 0.02."""
+    weight = parameter(256, 256, dtype=dtype)
+    made = Optimizer(options(weight_decay=0, **changes), {"weight": weight})
+    measured = []
+    for step in range(steps):
+        made.begin(2e-5, step, measure=True)
+        weight.grad = torch.randn(256, 256, generator=generator(step)).to(dtype)
+        found = made.finish(made.norm().item())
+        assert found is not None
+        assert found.update_kept.shape == found.share_updated.shape == ()
+        measured.append([found.update_kept.item(), found.share_updated.item()])
+    return tuple(torch.tensor(measured).mean(0).tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_survives_of_an_update_tells_rounding_that_loses_from_rounding_that_does_not(kind: str) -> None:
+    lost, _ = survival(kind=kind, rounding="nearest")
+    kept, moved = survival(kind=kind)
+    assert lost < 0.35
+    assert kept == pytest.approx(1, abs=0.05)
+    assert 0.02 < moved < 0.5
+    assert survival(kind=kind, dtype=torch.float32)[0] == 1.0
+    assert survival(kind=kind, master=True)[0] == pytest.approx(1, abs=0.05)
+
+
+def test_the_kept_share_is_the_projection_of_the_made_change_on_the_meant_one() -> None:
+    half, full = network(torch.bfloat16), network(torch.float32)
+    for name, weight in full.items():
+        weight.data = half[name].detach().float()
+    made, reference = Optimizer(options(kind="adamw"), half), Optimizer(options(kind="adamw"), full)
+    made.begin(1e-4, 5, measure=True)
+    set_gradients(half, 1)
+    for name, weight in full.items():
+        gradient = half[name].grad
+        weight.grad = None if gradient is None else gradient.float()
+    old = {name: weight.detach().float().clone() for name, weight in half.items()}
+    found = made.finish(0.0)
+    reference.step(1e-4, None)
+    meant = torch.cat([(full[name].detach() - old[name]).view(-1) for name in half]).double()
+    change = torch.cat([(half[name].detach().float() - old[name]).view(-1) for name in half]).double()
+    assert found is not None
+    assert found.update_kept.item() == pytest.approx((change @ meant / (meant @ meant)).item(), rel=1e-5)
+    assert found.share_updated.item() == pytest.approx((change != 0).double().mean().item(), rel=1e-6)
+
+
+def test_measuring_changes_nothing_and_nothing_is_measured_unasked() -> None:
+    weights = []
+    for measure in (False, True):
+        net = Net(torch.bfloat16)
+        made = Optimizer(options(), dict(net.named_parameters()), chunk_numel=CHUNK)
+        made.begin(1e-3, 3, measure=measure)
+        net.loss(0).backward()
+        assert (made.finish(made.norm().item()) is not None) == measure
+        weights.append(torch.cat([weight.detach().view(-1) for weight in net.parameters()]))
+    assert torch.equal(*weights)
+    assert [step for step in range(1, 301) if options().measures(step)] == [100, 200, 300]
+    assert not any(options(survival_every=0).measures(step) for step in range(300))
 
 
 # --- schedule -------------------------------------------------------------------------------------------------------
@@ -483,6 +805,13 @@ def test_a_run_that_ends_within_its_warm_up_has_a_learning_rate() -> None:
         ({"warmup_steps": -1}, "warmup_steps must be 0"),
         ({"clip_norm": math.inf}, "clip_norm must be 0"),
         ({"final_fraction": 1.1}, "final_fraction must be from 0 to 1"),
+        ({"clip": "parameters"}, "did you mean 'parameter'"),
+        ({"states": "gpu"}, "did you mean 'cpu'"),
+        ({"survival_every": -1}, r"survival_every must be 0 \(never\) or more"),
+        (
+            {"release": True},
+            r"global norm cannot clip them: choose optimizer\.clip parameter, or optimizer\.clip_norm 0",
+        ),
     ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -494,6 +823,20 @@ def test_options_without_effect_are_named() -> None:
     assert OptimizerOptions().unused() == []
     assert OptimizerOptions(final_fraction=0.1).unused() == ["final_fraction"]
     assert OptimizerOptions(final_fraction=0.1, schedule="linear").unused() == []
+    assert OptimizerOptions(clip="parameter", clip_norm=0, rounding="nearest", master=True).unused() == [
+        "clip",
+        "rounding",
+    ]
+
+
+def test_release_is_refused_where_a_gradient_is_not_whole_when_backward_has_it() -> None:
+    released = options(release=True, clip="parameter")
+    released.check_release(1, 1)
+    options().check_release(4, 4)
+    with pytest.raises(UserError, match=r"add up the gradients of 2 batches: set loader\.accumulation 1"):
+        released.check_release(2, 1)
+    with pytest.raises(UserError, match="before the gradients of the 8 processes are averaged"):
+        released.check_release(1, 8)
 
 
 def test_weights_of_a_dtype_that_cannot_be_trained_are_refused() -> None:
