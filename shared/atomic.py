@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shared.errors import UserError, disk_full
-from shared.report import warn
+from shared.report import say, warn
 
 PART = ".part"
 """The ending of what is still being written. A reader never opens it; the next run replaces it."""
@@ -118,9 +118,9 @@ LOCK = ".lock"
 
 
 @contextmanager
-def alone(folder: Path, doing: str) -> Iterator[None]:
+def alone(folder: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
     """Hold `folder` for this process; another one that wants it gets a `UserError` at once, and so does this one where
-    it may not write there.
+    it may not write there. With `wait`, wait for the one that holds it.
 
     The lock is the kernel's on the folder itself: it leaves no file, and a killed process holds it no longer. NFS
     locks only files that are open for writing, so there it is on an empty file in the folder. Where there are no locks
@@ -135,13 +135,13 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, f"another process is {doing} {folder}: waiting for it" if wait else None)
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
             os.close(handle)
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, f"another process is {doing} {folder}: waiting for it" if wait else None)
     except BlockingIOError as error:
         os.close(handle)
         raise UserError(f"another process is {doing} {folder}; wait for it or choose another folder") from error
@@ -151,3 +151,14 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, waiting: str | None) -> None:
+    """Take the kernel's lock. Where another process holds it: say this, and wait; without it `BlockingIOError`."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting is None:
+            raise
+        say(waiting)
+        fcntl.flock(handle, fcntl.LOCK_EX)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,9 @@ class ModelFolder:
             )
         return files
 
-    def sha256(self, name: str) -> str:
+    def sha256(self, name: str, digest: Callable[[Path], str] | None = None) -> str:
         """Digest of all that a component computes with: its configuration, vocabulary and weights, by content.
+        `digest` is asked for that of a file; default: `file_sha256`.
 
         What a library notes in `config.json` about a saving (its version, the folder it was loaded from) is left out:
         a model that is loaded and saved again computes the same.
@@ -76,7 +77,7 @@ class ModelFolder:
         running = hashlib.sha256()
         for file in sorted(folder.iterdir()):
             if any(file.match(pattern) for pattern in _PATTERNS):
-                content = self._settings_sha256(name) if file.name == "config.json" else file_sha256(file)
+                content = self._settings_sha256(name) if file.name == "config.json" else (digest or file_sha256)(file)
                 running.update(f"{file.name}\0{content}\n".encode())
         return running.hexdigest()
 

@@ -86,7 +86,8 @@ class Component:
 
 
 def component(name: str, module: torch.nn.Module) -> Component:
-    """Count a module's parameters and buffers. A quantized weight counts its integers and its scales."""
+    """Count a module's parameters and buffers. A quantized weight counts its integers and its scales; a layer that
+    holds its weights as buffers says how many they are (`num_weights`)."""
     dtypes: dict[str, int] = {}
     devices: dict[str, None] = {}
     num_bytes = 0
@@ -103,11 +104,12 @@ def component(name: str, module: torch.nn.Module) -> Component:
             num_bytes += storage.nbytes()
     by_size = sorted(dtypes, key=lambda dtype: -dtypes[dtype])
     parameters = list(module.parameters())
+    held = sum(getattr(part, "num_weights", 0) for part in module.modules())
     return Component(
         name=name,
         dtypes="+".join(by_size),
         devices="+".join(devices),
-        num_parameters=sum(parameter.numel() for parameter in parameters),
+        num_parameters=held + sum(parameter.numel() for parameter in parameters),
         num_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         num_bytes=num_bytes,
     )

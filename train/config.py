@@ -15,7 +15,7 @@ from train.checkpoints import CheckpointOptions
 from train.loader import LoaderOptions
 from train.objectives import ObjectiveOptions
 from train.optimizer import OptimizerOptions
-from train.quantize import Quantization
+from train.quantize import BaseOptions
 from train.speed import SpeedOptions
 from train.validation import ValidationOptions
 
@@ -44,8 +44,6 @@ class TrainConfig:
     """Optimizer steps. Raising it later continues the run; a cosine or linear schedule is then stretched."""
     seed: int = 0
     """Of the data order, the noise and the times. Two runs with the same seed see the same."""
-    base: Quantization = "int8"
-    """How the frozen base is held: int8 weights (12 GB for FLUX.1-dev) or as they are (24 GB in bf16)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the computation. auto: bf16 on a GPU, fp32 on the CPU."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
@@ -54,6 +52,7 @@ class TrainConfig:
     """auto: a GPU where there is one."""
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     controlnet: ControlNetOptions = field(default_factory=ControlNetOptions)
+    base: BaseOptions = field(default_factory=BaseOptions)
     loader: LoaderOptions = field(default_factory=LoaderOptions)
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
@@ -79,6 +78,7 @@ class TrainConfig:
         for part in (
             self.memory,
             self.controlnet,
+            self.base,
             self.loader,
             self.remote,
             self.objective,
@@ -99,7 +99,7 @@ class TrainConfig:
 
 MAY_CHANGE = (
     "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "memory.",
-    "loader.prefetch", "loader.workers", "loader.lookahead", "loader.accumulation", "remote.",
+    "loader.prefetch", "loader.workers", "loader.lookahead", "loader.accumulation", "remote.", "base.folder",
     "speed.compile", "speed.attention",
 )  # fmt: skip
 """Options that a resumed run may have changed without becoming another experiment. (The cache may have moved: its

@@ -139,7 +139,7 @@ def _dequantized(weight_int8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     """(N, K) in the scale's dtype, valid until the next call: all layers of a queue share one room, so that a pass
     over the model needs memory for its largest weight and not for what an allocator keeps of all of them."""
     if torch.compiler.is_compiling() or type(weight_int8) is not torch.Tensor or weight_int8.is_meta:
-        return weight_int8.to(scale.dtype) * scale  # a compiler plans memory itself; a fake tensor has none
+        return weight_int8 * scale  # a compiler plans memory itself; a fake tensor has none
     device = weight_int8.device
     # On a GPU work is queued in order; on the CPU each thread works by itself, and backward in the caller's.
     queue = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()

@@ -20,6 +20,7 @@ from shared.families.base import Batch, Family
 from train.adapters.controlnet import ControlNetAdapter
 from train.objectives import Objective
 from train.optimizer import Optimizer
+from train.quantize import refuse_trainable
 from train.validation import seed_of
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Step:
     def __call__(self, batches: list[Batch], step: int, rate: float) -> dict[str, float]:
         """Step number `step` (the first is 1) at this learning rate. Raises `UserError` naming the samples where the
         loss or the gradient is not finite, before any weight has moved."""
+        refuse_trainable(self.adapter.base)
         self.optimizer.zero_grad()
         total, losses = self.backward(batches)
         norm = self.optimizer.clip(self.clip_norm)
@@ -107,7 +109,8 @@ class Step:
         return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
 
     def _generator(self, device: torch.device | str, number: int, what: int) -> torch.Generator:
-        return torch.Generator(device).manual_seed(seed_of(self.seed, number, what))
+        drawn_on = "cpu" if torch.device(device).type == "meta" else device  # where memory is counted nothing is drawn
+        return torch.Generator(drawn_on).manual_seed(seed_of(self.seed, number, what))
 
     def _gradients_stay(self, last: bool) -> AbstractContextManager[object]:
         """Of several batches only the last one's backward brings the processes' gradients together."""

@@ -30,11 +30,11 @@ from shared.model_folder import ModelFolder, resolve
 from shared.report import component, components_table, progress, quiet_libraries, say, warn
 from train import checkpoints
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions, parse_depth
+from train.base_store import open_base
 from train.config import TrainConfig
 from train.loader import Loader
 from train.objectives import FlowMatching, Objective
 from train.optimizer import Optimizer, learning_rate
-from train.quantize import place_base
 from train.run import Run
 from train.samples import CachedSamples
 from train.step import Step
@@ -206,23 +206,29 @@ class Trainer:
         held_out: CachedSamples,
         checkpoint: Path | None,
     ) -> None:
-        """Load the base and the ControlNet: the ControlNet first, from the unquantized base, then quantize. With a
-        `checkpoint`, go back to its state: weights, optimizer; the loader is there already."""
+        """Load the base and the ControlNet. With a `checkpoint`, go back to its state: weights, optimizer; the loader
+        is there already."""
         self.options, self.accelerator, self.run, self.family = options, accelerator, run, family
         self.loader, self.samples, self.device = loader, loader.samples, accelerator.device
         self.dtype, weights = _dtypes(options, self.device)
         if (start := options.controlnet.start_from) is None:
-            base = family.load_base(model, self.dtype)
             controlnet = family.make_controlnet(
                 model, *parse_depth(options.depth), options.controlnet.embedder, weights
             )
         else:  # it may since have been moved: a run that goes on has its own copy
             source = start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET)
             controlnet = family.load_controlnet(source, weights)
-            base = family.load_base(model, self.dtype)
-            family.check_controlnet(controlnet, base, options.controlnet.control_mode)
+            family.check_controlnet(controlnet, family.make_base(model), options.controlnet.control_mode)
         controlnet.to(device=self.device, dtype=weights).train()
-        base = place_base(base, self.device, options.base)
+        base = open_base(
+            family,
+            model,
+            options.base,
+            folder=options.base.folder_beside(options.cache, options.remote),
+            device=self.device,
+            dtype=self.dtype,
+            hoist=False,
+        )
         self.components = [component(f"{family.name} base", base), component("controlnet", controlnet)]
         self.adapter = ControlNetAdapter(family, base, controlnet, options.controlnet)
         if options.memory.recompute == "all":

@@ -18,6 +18,7 @@ from train.budget import MemoryOptions
 from train.config import TrainConfig, changed_experiment
 from train.loader import LoaderOptions
 from train.optimizer import OptimizerOptions
+from train.quantize import BaseOptions
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "..", ".", ".hidden", "", " ", "two words", "-x", "a\nb", "a\\b"])
@@ -104,7 +105,8 @@ def test_where_how_long_and_how_it_is_watched_may_change() -> None:
 
 def test_what_decides_the_weights_makes_another_experiment() -> None:
     assert changed(depth="1-1") == {"depth": ("2-4", "1-1")}
-    assert changed(seed=1, base="none", precision="fp32").keys() == {"seed", "base", "precision"}
+    assert changed(seed=1, base=BaseOptions("none"), precision="fp32").keys() == {"seed", "base.weights", "precision"}
+    assert changed(base=BaseOptions(folder="elsewhere")) == {}
     assert changed(loader=LoaderOptions(batch_size=2, caption_dropout=0.5)).keys() == {
         "loader.batch_size",
         "loader.caption_dropout",

@@ -131,7 +131,9 @@ def step_and_reference(
 ) -> tuple[Trainer, dict[str, float], float, dict[str, torch.Tensor]]:
     """One step of a trainer, its figures, and the reference's loss and gradients for the same batches."""
     trainer = trainer_of(
-        train_options(cache, runs, base="none", seed=5, optimizer={"clip_norm": 0.0, "kind": "adamw"}, **changes)
+        train_options(
+            cache, runs, base={"weights": "none"}, seed=5, optimizer={"clip_norm": 0.0, "kind": "adamw"}, **changes
+        )
     )
     randomize(trainer.adapter.controlnet)
     reference = Reference(data, cache, model, trainer.adapter.controlnet)
@@ -183,7 +185,7 @@ def test_loss_and_every_gradient_equal_those_computed_by_diffusers_from_the_pict
 def test_the_int8_base_hardly_turns_the_gradient(tiny_cache: Path, tmp_path: Path) -> None:
     gradients = []
     for base in ("none", "int8"):
-        trainer = trainer_of(train_options(tiny_cache, tmp_path, base=base, optimizer={"clip_norm": 0.0}))
+        trainer = trainer_of(train_options(tiny_cache, tmp_path, base={"weights": base}, optimizer={"clip_norm": 0.0}))
         randomize(trainer.adapter.controlnet)
         trainer.step([batch_of(tiny_cache)], 1, 2e-5)
         gradients.append(

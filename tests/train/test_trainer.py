@@ -49,7 +49,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def heavy(*_: Any) -> None:
         raise AssertionError("loaded before it was refused")
 
-    for name in ("load_base", "make_controlnet", "load_controlnet", "open_decoder"):
+    for name in ("load_base", "make_base", "make_controlnet", "load_controlnet", "open_decoder"):
         monkeypatch.setattr(type(flux()), name, heavy)
 
 

@@ -68,7 +68,7 @@ def learned(trainer: Trainer) -> Trainer:
 
 @pytest.mark.parametrize("base", ["none", "int8"])
 def test_a_controlnet_at_step_0_has_no_gap_at_all(base: str, half_held_out: Path, tmp_path: Path) -> None:
-    figures = figures_of(made(half_held_out, tmp_path, base=base))
+    figures = figures_of(made(half_held_out, tmp_path, base={"weights": base}))
     assert figures["control_gap"] == figures["condition_gap"] == 0
     assert figures["loss"] == figures["loss_without_control"] == figures["loss_other_drawing"]
 
@@ -96,7 +96,7 @@ def test_the_figures_do_not_depend_on_the_batch_size_but_for_rounding(half_held_
 
 
 def test_the_losses_are_the_objective_s_on_the_fixed_grid(half_held_out: Path, tmp_path: Path) -> None:
-    trainer = learned(made(half_held_out, tmp_path, base="none", validation={"timesteps": 3}))
+    trainer = learned(made(half_held_out, tmp_path, base={"weights": "none"}, validation={"timesteps": 3}))
     validation, samples = trainer.validation, samples_of(half_held_out, "validation")
     assert validation is not None
     own, without, other = (validation.losses(trainer.adapter, control) for control in ("own", "none", "other"))
@@ -230,7 +230,9 @@ pipeline(**settings, generator=torch.Generator().manual_seed(8)).images[0].save(
 def test_sampling_with_a_saved_controlnet_equals_diffusers_pipeline_in_another_process(
     half_held_out: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    options = train_options(half_held_out, tmp_path, base="none", steps=12, optimizer={"learning_rate": 1e-2})
+    options = train_options(
+        half_held_out, tmp_path, base={"weights": "none"}, steps=12, optimizer={"learning_rate": 1e-2}
+    )
     assert train(options) == 0
     trainer = trainer_of(options)
     trainer.adapter.load(tmp_path / "run" / "controlnet")
