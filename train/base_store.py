@@ -140,6 +140,7 @@ class Store:
     folder: Path
     device: torch.device
     """Where tensors are quantized, and where they go."""
+    _warned: bool = False
 
     def make(self) -> None:
         """Make what is not there yet. One process does, others that want the same wait."""
@@ -189,12 +190,12 @@ class Store:
         if not path.is_file():
             return {}
         try:
-            files = json.loads(path.read_text())["files"]
-            return {
-                part: {"num_bytes": files[part]["num_bytes"], "checksum": files[part]["checksum"]} for part in files
-            }
+            files = json.loads(path.read_text())["files"].items()
+            return {part: {key: stated[key] for key in ("num_bytes", "checksum")} for part, stated in files}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            warn(f"{path} is damaged ({error}): the base is made again")
+            if not self._warned:
+                warn(f"{path} is damaged ({error}): the base is made again")
+            self._warned = True
             return {}
 
     def _is_sound(self, part: str) -> bool:
