@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,17 @@ def test_two_processes_never_hold_one_folder_and_a_killed_one_holds_it_no_longer
     holder.communicate()
     with atomic.alone(folder, "writing to"):
         assert files(folder) == {}, "the lock leaves no file"
+
+
+def test_who_waits_gets_the_folder_when_the_other_one_lets_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder = hold(tmp_path)
+    threading.Timer(0.3, holder.kill).start()
+    with atomic.alone(tmp_path, "writing to", wait=True):
+        assert holder.wait(timeout=5) != 0, "it held the folder until it was killed"
+    holder.communicate()
+    assert f"another process is writing to {tmp_path}: waiting for it" in capsys.readouterr().out
 
 
 def test_a_folder_that_may_not_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
