@@ -112,7 +112,7 @@ class _Exact(torch.autograd.Function):
         [gradient] = gradients
         weight_int8, scale = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
-        product = rows @ _dequantized(weight_int8, scale)
+        product = rows @ _dequantized(weight_int8, scale, backward=True)
         return product.view(*gradient.shape[:-1], weight_int8.shape[1]), None, None, None
 
 
@@ -135,11 +135,13 @@ _scratch: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
 """One weight's room for each (device, dtype, queue of work), as large as the largest weight was."""
 
 
-def _dequantized(weight_int8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _dequantized(weight_int8: torch.Tensor, scale: torch.Tensor, *, backward: bool = False) -> torch.Tensor:
     """(N, K) in the scale's dtype, valid until the next call: all layers of a queue share one room, so that a pass
     over the model needs memory for its largest weight and not for what an allocator keeps of all of them."""
     if torch.compiler.is_compiling() or type(weight_int8) is not torch.Tensor or weight_int8.is_meta:
-        return weight_int8 * scale  # a compiler plans memory itself; a fake tensor has none
+        # A compiler plans memory itself; a fake tensor has none. Where it sees one product both in forward and in
+        # backward, it keeps the matrix in between: 16 GiB of them. In another order it is another product to it.
+        return scale * weight_int8 if backward else weight_int8 * scale
     device = weight_int8.device
     # On a GPU work is queued in order; on the CPU each thread works by itself, and backward in the caller's.
     queue = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
