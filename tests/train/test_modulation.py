@@ -301,12 +301,11 @@ def test_a_step_may_be_taken_again(base: torch.nn.Module, cache: Path) -> None:
     loader = loader_on(cache, batch_size=2)
     with hoisted(base) as (bare, modulation):
         modulation.follow(loader, times, batches=4)
-        seen: dict[int, dict[str, torch.Tensor]] = {}
         for position in (2, 5, 2, 1, 5):
-            modulation.use(position, len(batch_at(loader, position)))
-            now = rows_of(bare)
-            before = seen.setdefault(position, now)
-            assert all(torch.equal(before[name], rows) for name, rows in now.items())
+            batch = batch_at(loader, position)
+            modulation.use(position, len(batch))
+            expected = rows_by_the_base(base, times(position, len(batch)), batch.tensors[flux().pooled])
+            assert all(torch.equal(rows, expected[name]) for name, rows in rows_of(bare).items())
 
 
 def test_rows_for_something_else_leave_those_of_training_as_they_are(base: torch.nn.Module, cache: Path) -> None:
