@@ -87,6 +87,8 @@ class Work:
     """(M, N, K) of each matrix product, with how often it comes."""
     attention: Counter[tuple[bool, int, int, int, int]] = field(default_factory=Counter)
     """(backward, B, heads, tokens, width of a head) of each attention."""
+    dequantized: int = 0
+    """Weights that are made of int8: one byte read and the computation's precision written for each."""
     traffic_bytes: int = 0
     """Read and written by all that is neither, kernel by kernel: nothing fused."""
     num_kernels: int = 0
@@ -108,6 +110,7 @@ class Work:
     def __iadd__(self, other: Work) -> Work:
         self.products.update(other.products)
         self.attention.update(other.attention)
+        self.dequantized += other.dequantized
         self.traffic_bytes += other.traffic_bytes
         self.num_kernels += other.num_kernels
         return self
@@ -508,6 +511,8 @@ def _account(work: Work, func: Any, inputs: list[torch.Tensor], outputs: list[to
         work.attention[(False, *inputs[0].shape)] += 1
     elif packet == aten._scaled_dot_product_flash_attention_backward:
         work.attention[(True, *inputs[1].shape)] += 1
+    elif any(tensor.dtype == torch.int8 for tensor in inputs):
+        work.dequantized += outputs[0].numel()
     elif packet not in (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided):
         work.traffic_bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*inputs, *outputs])
     else:

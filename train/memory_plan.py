@@ -63,6 +63,10 @@ class Counted:
     work: dict[str, Work] = field(repr=False)
     """By part and direction: "base forward", "controlnet backward", ...; what is recomputed belongs to backward."""
     recomputed_flops: float
+    streamed_bytes: int
+    """Copied from the host for one batch, of the base."""
+    host_states_bytes: int
+    """Copied from the host, and back again, for one step, of the optimizer."""
 
     @property
     def model_flops(self) -> float:
@@ -104,6 +108,8 @@ def count(setting: Setting, base_blocks: int = 0, controlnet_blocks: int = 0, *,
         pass_peak_bytes=peak.pass_bytes,
         work=work,
         recomputed_flops=setting.accumulation * (sum(part.flops for part in work.values()) - none),
+        streamed_bytes=2 * sum(traced.weights.base_blocks) if setting.stream else 0,
+        host_states_bytes=_states_bytes(setting, traced) if setting.optimizer.states == "cpu" else 0,
     )
 
 
@@ -292,21 +298,29 @@ def _trained_bytes(setting: Setting, traced: Trace) -> list[int]:
 
 def _optimizer_bytes(setting: Setting, traced: Trace) -> tuple[int, int]:
     """On the device: what stays there between steps, and what a step takes beside it."""
-    options = setting.optimizer
-    sizes, largest = _buckets(traced.weights.trained, setting.weights, options.kind == "adamw8bit", options.master)
-    on_host = options.states == "cpu"
+    sizes, largest = _buckets(setting, traced)
+    on_host = setting.optimizer.states == "cpu"
     slots = NUM_SLOTS * max(sizes) if on_host else 0
     stepped = 0
     if setting.weights == torch.bfloat16:
-        stepped = largest * (_STEPPED_BYTES + (_MEASURED_BYTES if options.survival_every else 0))
+        stepped = largest * (_STEPPED_BYTES + (_MEASURED_BYTES if setting.optimizer.survival_every else 0))
     return 0 if on_host else sum(sizes), slots + stepped
 
 
+def _states_bytes(setting: Setting, traced: Trace) -> int:
+    return sum(_buckets(setting, traced)[0])
+
+
+def _buckets(setting: Setting, traced: Trace) -> tuple[tuple[int, ...], int]:
+    """Bytes of the states of each bucket, and the most values that one holds."""
+    options = setting.optimizer
+    return _bucket_sizes(traced.weights.trained, setting.weights, options.kind == "adamw8bit", options.master)
+
+
 @functools.lru_cache(maxsize=64)
-def _buckets(
+def _bucket_sizes(
     trained: tuple[tuple[str, tuple[int, ...]], ...], dtype: torch.dtype, eight_bit: bool, master: bool
 ) -> tuple[tuple[int, ...], int]:
-    """Bytes of the states of each bucket, and the most values that one holds."""
     parameters = {name: torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for name, shape in trained}
     buckets = make_buckets(parameters, eight_bit=eight_bit, master=master)
     return tuple(bucket.num_bytes for bucket in buckets), max(bucket.num_weights for bucket in buckets)

@@ -1,0 +1,393 @@
+"""What a training run will need, before anything is downloaded or made: `make plan DEPTH=5-10 MEMORY=40GB GPU=a100`.
+
+Memory and operations are counted on the models' configurations (`train.counting`, `train.memory_plan`); times are
+predicted from them (`train.roofline`) and may be off by a quarter. The last line is for scripts:
+
+    plan fits=yes peak_gib=29.21 step_ms=404 disk_gib=43.9
+
+Takes every option of `python -m train`, and a run's recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from shared.config import load
+from shared.errors import UserError, run_command_line
+from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shared.families.base import Family
+    from shared.model_folder import ModelFolder
+    from train.counting import Setting, Work
+    from train.memory_plan import Counted
+    from train.roofline import Prediction
+
+ALL = "all"
+DEPTHS = ("2-0", "2-4", "4-0", "4-4", "4-10", "5-10")
+"""Of the table: depths that published FLUX ControlNets have, and this project's."""
+SAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Say what a training run will need: memory, time and disk. Nothing is downloaded, and nothing but configurations
+    is read."""
+
+    depth: str = ALL
+    """num_layers-num_single_layers of the ControlNet. all: a table over the usual ones, its last line that of the
+    deepest that fits."""
+    gpu: Literal["a100", "h200", "4090"] = "a100"
+    """The card: A100 of 40 GB, H200, RTX 4090. Its memory is planned with unless memory.budget says otherwise."""
+    resolution: int | None = None
+    """Pixels of a side of the squares that are planned for. Default: the largest shape in the cache, or 512."""
+    text_length: int | None = None
+    """Tokens of the long text embedding. Default: the cache's, or 512."""
+    samples: int | None = None
+    """Samples of the data set. Default: the cache's, or 10,000."""
+
+    def check(self) -> None:
+        """Refuse impossible values."""
+        super(PlanConfig, self if self.depth != ALL else replace(self, depth=TrainConfig.depth)).check()
+        for name in ("resolution", "text_length", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be 1 or more, not {value}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned for."""
+
+    family: Family
+    model: ModelFolder | None
+    """None: the family's default model, from what is known of it."""
+    model_name: str
+    height: int
+    width: int
+    text_length: int
+    num_samples: int
+    sample_bytes: int
+    """Of the cache: latents of image and condition, and one caption's embeddings."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one depth needs."""
+
+    depth: str
+    counted: Counted
+    budget_bytes: int
+    prediction: Prediction
+    refusal: str | None
+    """Why it does not fit, and what would; None where it fits."""
+
+    @property
+    def samples_per_second(self) -> float:
+        setting = self.counted.setting
+        return setting.batch_size * setting.accumulation / self.prediction.seconds
+
+
+def subject_of(options: PlanConfig) -> Subject:
+    """What the options, and a cache that is there, say."""
+    import torch
+
+    from shared import families
+    from shared.cache.storage import is_remote
+
+    family = families.get("flux")
+    name = options.model or family.default_model
+    height = width = options.resolution or 512
+    text_length, num_samples = options.text_length or 512, options.samples or SAMPLES
+    if options.resolution is None and (is_remote(options.cache) or (Path(options.cache) / "cache.json").is_file()):
+        from shared.cache.reader import Cache
+        from train.samples import CachedSamples
+
+        cache = Cache(options.cache, options.remote)
+        family = families.get(cache.family)
+        samples = CachedSamples(cache, family, options.condition or (cache.manifest["condition"],), "train")
+        width, height = max(samples.sizes, key=lambda size: size[0] * size[1])
+        lengths = [recipe["text_length"] for recipe in samples.recipes.values() if "text_length" in recipe]
+        text_length = options.text_length or next(iter(lengths), 512)
+        num_samples = options.samples or len(samples)
+        name = options.model or cache.manifest["model"]["name"]
+    if height % family.size_multiple or width % family.size_multiple:
+        raise UserError(f"RESOLUTION is a multiple of {family.size_multiple}, not {height}")
+    model = _model(family, name)
+    shapes = family.sample_shapes(height, width, text_length, model)
+    return Subject(
+        family=family,
+        model=model,
+        model_name=name,
+        height=height,
+        width=width,
+        text_length=text_length,
+        num_samples=num_samples,
+        sample_bytes=sum(math.prod(shape) for shape in shapes.values()) * torch.bfloat16.itemsize,
+    )
+
+
+def _model(family: Family, name: str) -> ModelFolder | None:
+    """The model's folder, if it is here; None for the default model, whose configuration is known. Nothing is
+    downloaded."""
+    from shared.model_folder import resolve
+
+    try:
+        return resolve(name, components=(family.base_component,), local_only=True)
+    except UserError:
+        if name != family.default_model:
+            raise
+        return None
+
+
+def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
+    """What a run of this depth needs. Raises `UserError` where the base has not as many blocks."""
+    from train.adapters.controlnet import parse_depth
+    from train.budget import parse_budget, parse_recompute
+    from train.memory_plan import count, fewest_recomputed
+    from train.roofline import GPUS, predict
+
+    gpu = GPUS[options.gpu]
+    budget = parse_budget(gpu.memory if options.memory.budget == "auto" else options.memory.budget)
+    setting = _setting(options, subject, parse_depth(depth))
+    chosen, refusal = parse_recompute(options.memory.recompute), None
+    if chosen is None:
+        streamed = replace(setting, stream=True)
+        try:
+            found = fewest_recomputed(setting, budget)
+        except UserError as error:
+            found, refusal = None, str(error)
+            if options.memory.stream == "auto":
+                try:
+                    found, setting, refusal = fewest_recomputed(streamed, budget), streamed, None
+                except UserError:  # what would make it fit without streaming is said
+                    found = None
+        chosen = _all(setting) if found is None else (found.base_blocks, found.controlnet_blocks)
+    base_blocks, controlnet_blocks = (min(given, there) for given, there in zip(chosen, _all(setting), strict=True))
+    counted = count(setting, base_blocks, controlnet_blocks)
+    if refusal is None and counted.peak_bytes > budget:
+        refusal = f"with memory.recompute {options.memory.recompute} it does not fit: leave that out, or recompute more"
+    return Plan(
+        depth=depth,
+        counted=counted,
+        budget_bytes=budget,
+        prediction=predict(
+            counted, gpu, compiled=options.speed.compile != "no", arithmetic=options.speed.arithmetic
+        ),
+        refusal=refusal,
+    )  # fmt: skip
+
+
+def _setting(options: PlanConfig, subject: Subject, depth: tuple[int, int]) -> Setting:
+    import torch
+
+    from train.counting import Setting
+
+    deepest = subject.family.max_depth(subject.model)
+    if any(wanted > there for wanted, there in zip(depth, deepest, strict=True)):
+        raise UserError(
+            f"DEPTH {depth[0]}-{depth[1]} is deeper than the base: {subject.model_name} has {deepest[0]}-{deepest[1]} "
+            "blocks to start from"
+        )
+    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
+    weights = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[options.controlnet.weights]
+    return Setting(
+        depth=depth,
+        height=subject.height,
+        width=subject.width,
+        text_length=subject.text_length,
+        batch_size=options.loader.batch_size,
+        accumulation=options.loader.accumulation,
+        family=subject.family.name,
+        model=subject.model,
+        base=options.base.weights,
+        hoist=options.memory.hoist != "no",
+        stream=options.memory.stream == "yes",
+        dtype=dtype,
+        weights=weights,
+        optimizer=options.optimizer,
+    )
+
+
+def _all(setting: Setting) -> tuple[int, int]:
+    from train.counting import trace
+
+    traced = trace(setting)
+    return traced.num_base_blocks, traced.num_controlnet_blocks
+
+
+# What is printed
+
+
+def report(options: PlanConfig, subject: Subject, planned: Plan) -> str:
+    """One depth, in full."""
+    from shared.report import table
+    from train.memory_plan import GIB
+    from train.roofline import GPUS, UNCERTAINTY
+
+    counted, prediction, gpu = planned.counted, planned.prediction, GPUS[options.gpu]
+    setting = counted.setting
+    hoisted = ", its modulation computed ahead and not on the device" if setting.hoist else ""
+    streamed = ", its blocks streamed from the host" if setting.stream else ""
+    lines = [
+        _heading(options, subject, planned),
+        "",
+        f"base        {counted.num_base_parameters / 1e9:6.3f} B parameters, held as {setting.base}{hoisted}{streamed}",
+        f"ControlNet  {counted.num_trained / 1e9:6.3f} B parameters, DEPTH {planned.depth}",
+        "",
+        table(
+            (f"memory at the peak: {counted.when}", "GiB"),
+            [(name, f"{num / GIB:.2f}") for name, num in counted.components.items()]
+            + [("peak", f"{counted.peak_bytes / GIB:.2f}"), ("budget", f"{planned.budget_bytes / GIB:.2f}")],
+            right=1,
+        ),
+        f"recomputed: {_recomputed(counted)}",
+        "",
+        table(
+            ("work of a step", "TFLOP"),
+            [(name, f"{work.flops * setting.accumulation / 1e12:.2f}") for name, work in _worthy(counted)]
+            + [
+                ("all", f"{(counted.model_flops + counted.recomputed_flops) / 1e12:.2f}"),
+                ("of it recomputed", f"{counted.recomputed_flops / 1e12:.2f}"),
+            ],
+            right=1,
+        ),
+        "",
+        f"time   {_milliseconds(planned):.0f} ms a step, predicted and not measured: it may be off by "
+        f"{UNCERTAINTY:.0%}; {counted.model_flops / prediction.seconds / gpu.flops:.0%} of the card's bf16 arithmetic",
+        f"       {planned.samples_per_second * 3600:,.0f} images an hour; {_epochs(subject, planned):.2f} epochs a day "
+        f"of {subject.num_samples:,} samples",
+        f"disk   {subject.sample_bytes / 1e6:.2f} MB a sample with one caption: {_disk_gib(subject):.1f} GiB for "
+        f"{subject.num_samples:,}, and the drawings",
+    ]
+    if prediction.bus_seconds:
+        lines.append(
+            f"bus    {prediction.bus_seconds * 1e3:.0f} ms of copies of the base a step, beside the computation"
+        )
+    if planned.refusal is not None:
+        lines += ["", f"does not fit: {planned.refusal}"]
+    return "\n".join([*lines, "", last_line(subject, planned)])
+
+
+def report_table(options: PlanConfig, subject: Subject, plans: Sequence[Plan]) -> str:
+    """Several depths, a row for each."""
+    from shared.report import table
+    from train.memory_plan import GIB
+    from train.roofline import UNCERTAINTY
+
+    head = (
+        "DEPTH",
+        "recomputed, streamed",
+        "parameters, B",
+        "peak, GiB",
+        "TFLOP",
+        "ms a step",
+        "images an hour",
+        "epochs a day",
+    )
+    rows = [
+        (
+            planned.depth,
+            _given_up(planned),
+            f"{planned.counted.num_trained / 1e9:.3f}",
+            f"{planned.counted.peak_bytes / GIB:.2f}",
+            f"{(planned.counted.model_flops + planned.counted.recomputed_flops) / 1e12:.1f}",
+            f"{_milliseconds(planned):.0f}",
+            f"{planned.samples_per_second * 3600:,.0f}",
+            f"{_epochs(subject, planned):.2f}",
+        )
+        for planned in plans
+    ]
+    fitting = [planned for planned in plans if planned.refusal is None]
+    deepest = max(fitting or plans, key=lambda planned: planned.counted.num_trained if fitting else 0)
+    lines = [
+        _heading(options, subject, plans[0]),
+        "",
+        table(head, rows, right=2),
+        "",
+        f"Times are predicted and may be off by {UNCERTAINTY:.0%}; make plan DEPTH=... says more of one.",
+    ]
+    if not fitting:
+        lines += ["", f"{deepest.depth} does not fit: {deepest.refusal}"]
+    return "\n".join([*lines, "", last_line(subject, deepest)])
+
+
+def last_line(subject: Subject, planned: Plan) -> str:
+    """For scripts."""
+    from train.memory_plan import GIB
+
+    return (
+        f"plan fits={'yes' if planned.refusal is None else 'no'} peak_gib={planned.counted.peak_bytes / GIB:.2f} "
+        f"step_ms={_milliseconds(planned):.0f} disk_gib={_disk_gib(subject):.1f}"
+    )
+
+
+def _heading(options: PlanConfig, subject: Subject, planned: Plan) -> str:
+    from train.memory_plan import GIB, describe
+    from train.roofline import GPUS
+
+    what = describe(planned.counted.setting).partition(" at ")[2]
+    reserve = " (the CUDA context and cuBLAS take the rest)" if "gib" not in options.memory.budget.lower() else ""
+    card = f"one {GPUS[options.gpu].name}, {planned.budget_bytes / GIB:.1f} GiB for tensors{reserve}"
+    return f"{subject.model_name} at {what}, on {card}"
+
+
+def _recomputed(counted: Counted) -> str:
+    if not counted.base_blocks and not counted.controlnet_blocks:
+        return "nothing"
+    return (
+        f"{counted.base_blocks} of {counted.num_base_blocks} + "
+        f"{counted.controlnet_blocks} of {counted.num_controlnet_blocks} blocks"
+    )
+
+
+def _given_up(planned: Plan) -> str:
+    if planned.refusal is not None:
+        return "does not fit"
+    given_up = [_recomputed(planned.counted)] if planned.counted.recomputed_flops else []
+    given_up += ["the base is streamed"] if planned.counted.setting.stream else []
+    return ", ".join(given_up) or "nothing"
+
+
+def _worthy(counted: Counted) -> list[tuple[str, Work]]:
+    return [(name.replace("controlnet", "ControlNet"), work) for name, work in counted.work.items() if work.flops]
+
+
+def _milliseconds(planned: Plan) -> float:
+    return planned.prediction.seconds * 1e3
+
+
+def _epochs(subject: Subject, planned: Plan) -> float:
+    return planned.samples_per_second * 86_400 / subject.num_samples
+
+
+def _disk_gib(subject: Subject) -> float:
+    return subject.sample_bytes * subject.num_samples / 2**30
+
+
+def main() -> int:
+    """Plan."""
+    options = load(PlanConfig, command="python -m train.plan")
+    if options is None:
+        return 0
+    from shared.report import progress, quiet_libraries
+
+    quiet_libraries()
+    subject = subject_of(options)
+    if options.depth != ALL:
+        print(report(options, subject, plan(options, subject, options.depth)))
+        return 0
+    deepest = subject.family.max_depth(subject.model)
+    depths = [depth for depth in DEPTHS if all(map(int.__le__, map(int, depth.split("-")), deepest))] or ["1-1"]
+    plans = [plan(options, subject, depth) for depth in progress(depths, title="count", unit="depth")]
+    print(report_table(options, subject, plans))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command_line(main)
