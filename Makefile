@@ -4,6 +4,7 @@
 #   make preprocess DATA=~/pictures            encode images and captions once, into CACHE
 #   make train                                 train a ControlNet from CACHE; nothing is encoded again
 #   make sample RUN=runs/depth-2-4 IMAGE=drawing.png PROMPT="..."
+#   make plan DEPTH=5-10 GPU=a100              what training will need: memory, time, disk; nothing is downloaded
 #
 #   make status                                what CACHE has, lacks and no longer needs, and why; loads no model
 #   make inspect                               CACHE as one HTML page: totals, outliers, failures, every sample
@@ -23,6 +24,7 @@
 #   MODEL=black-forest-labs/FLUX.1-dev  CONDITION=lineart  RESOLUTION=512                   (preprocess status)
 #   GPUS=0,1,2,3        a process on each        ENGINE=ray  on a Ray cluster               (preprocess)
 #   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1                                      (train)
+#   DEPTH=all  RESOLUTION=512  TEXT_LENGTH=512  BATCH=1  GPU=a100|h200|4090  MEMORY=40GB  SAMPLES=10000  (plan)
 #   RECIPE=some.yaml    options from a file             ARGS="--option value ..."  any option of the command
 #   every option: python -m preprocess --help, python -m train --help, python -m train.sample --help
 
@@ -43,7 +45,7 @@ several = $(if $($(1)),--$(2) $(subst $(comma), ,$($(1))))
 data = $(if $(DATA),--data "$(DATA)")
 of_preprocess = $(call option,MODEL,model) $(call several,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution)
 
-.PHONY: help demo preprocess train sample status inspect verify repair prune test lint torture bench-cache clean
+.PHONY: help demo preprocess train sample plan status inspect verify repair prune test lint torture bench-cache clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -77,6 +79,11 @@ train: $(INSTALLED)
 sample: $(INSTALLED)
 	@$(if $(and $(RUN),$(IMAGE),$(PROMPT)),,echo 'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="..."' >&2; exit 2)
 	@$(RUN_PYTHON) -m train.sample --run "$(RUN)" --image "$(IMAGE)" --prompt "$(PROMPT)" $(ARGS)
+
+plan: $(INSTALLED)
+	@$(RUN_PYTHON) -m train.plan $(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,RESOLUTION,resolution) \
+		$(call option,TEXT_LENGTH,text-length) $(call option,BATCH,loader.batch-size) $(call option,GPU,gpu) \
+		$(call option,MEMORY,memory.budget) $(call option,SAMPLES,samples) $(call option,MODEL,model) $(ARGS)
 
 status: $(INSTALLED)
 	@$(RUN_PYTHON) -m preprocess.status $(recipe) $(data) --cache "$(CACHE)" $(of_preprocess) $(ARGS)

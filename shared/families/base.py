@@ -219,8 +219,9 @@ class Family(ABC):
         this many tokens."""
 
     @abstractmethod
-    def max_depth(self, model: ModelFolder) -> tuple[int, int]:
-        """The deepest ControlNet that this base can initialise: (num_layers, num_single_layers)."""
+    def max_depth(self, model: ModelFolder | None = None) -> tuple[int, int]:
+        """The deepest ControlNet that this base can initialise: (num_layers, num_single_layers). Without a `model`: of
+        `default_model`, which then need not be on this machine."""
 
     @abstractmethod
     def sample_shapes(

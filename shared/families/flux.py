@@ -229,8 +229,8 @@ class Flux(Family):
         num_tokens = (height // 16) * (width // 16) + text_length
         return _config(base)["num_attention_heads"], num_tokens, _config(base)["attention_head_dim"]
 
-    def max_depth(self, model: ModelFolder) -> tuple[int, int]:
-        config = model.config("transformer")
+    def max_depth(self, model: ModelFolder | None = None) -> tuple[int, int]:
+        config = FLUX_1_DEV if model is None else model.config("transformer")
         return config["num_layers"], config["num_single_layers"]
 
     def sample_shapes(
