@@ -151,8 +151,7 @@ class HostStates:
         self._device = device
         host = _host_zeros(sum(sizes_bytes), device)
         self._rest = list(torch.split(host, sizes_bytes))
-        real = type(host) is torch.Tensor  # when memory is only counted, tensors are fake and there is no stream
-        on_gpu = device.type == "cuda" and real
+        on_gpu = device.type == "cuda"
         if on_gpu:
             # With the object, not with the tensor: slices keep its memory, not itself. At exit the process's end does.
             weakref.finalize(self, _unlock, _lock(host), device).atexit = False
@@ -226,6 +225,8 @@ class HostStates:
 
 
 def _host_zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
+    if device.type == "meta":  # where memory is only counted
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     free = _free_host_bytes()
     if free is not None and num_bytes > free:
         raise UserError(

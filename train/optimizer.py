@@ -259,6 +259,16 @@ class Optimizer:
         """Memory that states and master copies take once every weight was stepped, wherever they rest."""
         return sum(bucket.num_bytes for bucket in self._buckets)
 
+    @property
+    def num_updates(self) -> int:
+        """Updates that weights have had or begun to have, all in all: while it is the same, none has moved."""
+        return sum(piece.num_steps for bucket in self._buckets for piece in bucket.pieces)
+
+    def reserve(self) -> None:
+        """Take the memory of all states now, so that the first step needs what every step needs."""
+        for bucket in self._buckets:
+            self._states.at_rest(bucket.index)
+
     # --- one training step ------------------------------------------------------------------------------------------
 
     def begin(self, learning_rate: float, rounding: torch.Generator | int | None, *, measure: bool = False) -> None:
@@ -361,7 +371,7 @@ class Optimizer:
         self._following = dict(zip(now.order, now.order[1:], strict=False))  # backward's order is the next step's too
 
     def _step_bucket(self, bucket: Bucket, following: int | None, now: _Pass) -> None:
-        if bucket.eight_bit and self._device.type == "cuda" and not self._is_fake:
+        if bucket.eight_bit and self._device.type == "cuda":
             # bitsandbytes launches this kernel on the default stream, whichever is current.
             assert torch.cuda.current_stream(self._device) == torch.cuda.default_stream(self._device)
         now.order.append(bucket.index)
@@ -403,7 +413,7 @@ class Optimizer:
         if weight.dtype == torch.float32 and weight.is_contiguous():
             return  # stepped in place
         if weight.dtype == torch.bfloat16 and "master" not in piece.fields and self.options.rounding == "stochastic":
-            assert generator is not None or self._is_fake, "stochastic rounding draws from a generator"
+            assert generator is not None or weight.is_meta, "stochastic rounding draws from a generator"
             value = stochastic_round_(value, generator)
         to = piece.cut(weight) if weight.is_contiguous() else weight
         to.copy_(value.view(to.shape))
@@ -412,17 +422,12 @@ class Optimizer:
         """What draws the rounding of a bucket."""
         if not isinstance(rounding, int):
             return rounding
-        if self._is_fake:
+        if self._device.type == "meta":  # where memory is only counted nothing is drawn
             return None
         if self._noise is None:
             self._noise = torch.Generator(self._device)
         mixed = np.random.SeedSequence((rounding, bucket.index)).generate_state(1, np.uint64)[0]
         return self._noise.manual_seed(int(mixed >> np.uint64(1)))
-
-    @property
-    def _is_fake(self) -> bool:
-        """Whether memory is only counted: torch's fake tensors are of another class, and draw nothing."""
-        return type(next(iter(self.parameters.values())).data) is not torch.Tensor
 
     def _survival(self, now: _Pass) -> Survival | None:
         if now.measured is None:

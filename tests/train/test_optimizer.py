@@ -629,6 +629,24 @@ def test_states_in_host_memory_leave_the_device_nothing_between_steps() -> None:
     assert made.state_bytes == pytest.approx(12 * num_weights, rel=0.05)
 
 
+@pytest.mark.parametrize(("kind", "dtype", "master"), VARIANTS)
+@pytest.mark.parametrize("states", ["device", "cpu"])
+def test_a_step_on_the_meta_device_takes_no_memory_and_runs_the_same_way(
+    kind: str, dtype: torch.dtype, master: bool, states: str
+) -> None:
+    with torch.device("meta"):
+        net = torch.nn.Linear(1 << 16, 1 << 14, dtype=dtype)  # 2 GiB in bf16
+    made = Optimizer(options(kind=kind, master=master, states=states), dict(net.named_parameters()))
+    made.begin(1e-3, 1, measure=True)
+    net(torch.zeros(2, 1 << 16, dtype=dtype, device="meta")).sum().backward()
+    assert made.norm().is_meta
+    found = made.finish(1.0)
+    assert found is not None
+    assert found.update_kept.is_meta
+    per_weight = {"adamw": 8.0, "adamw8bit": 2 + 1 / 32}[kind] + 4 * master
+    assert made.state_bytes == pytest.approx(per_weight * (1 << 30), rel=1e-3)
+
+
 def test_in_float32_it_does_not_matter_where_weights_are_cut() -> None:
     nets = []
     for chunk_numel in (CHUNK, 1 << 24):
