@@ -7,7 +7,7 @@ shape, and is whole: whatever cannot be compiled is an error, not a silent detou
 
 How it is used, after the blocks were quantized and hoisted and before they are streamed or recomputed:
 
-    keep_in(folder)                                     # what is compiled, for the next start
+    keep_in(folder, attention)                          # what is compiled, for the next start
     if wanted(options.speed, device):
         blocks = [*family.blocks(base), *family.blocks(controlnet)]
         compile_blocks(blocks, num_shapes=len(samples.sizes))
@@ -72,10 +72,13 @@ def missing_tool(device: torch.device) -> str | None:
     return None
 
 
-def keep_in(folder: Path) -> None:
+def keep_in(folder: Path, attention: str = "default") -> None:
     """From now on compiled code is kept in this folder, unless the environment says where: the compiler's own choice
-    is the temporary folder. Call it before anything is compiled."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
+    is the temporary folder. Call it before anything is compiled.
+
+    Code that was compiled for one attention kernel (its name, of `train.attention`) goes on calling it, and the
+    compiler, asked under another, would take it for what it looks for: so each has a folder of its own."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute() / f"attention-{attention}"))
 
 
 def compile_blocks(blocks: Sequence[torch.nn.Module], *, num_shapes: int, backend: Backend = "inductor") -> None:

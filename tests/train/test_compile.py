@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -226,11 +227,20 @@ def test_what_was_compiled_is_kept_for_the_next_start(
 
 
 def test_the_environment_says_where_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    keep_in(tmp_path)
+    keep_in(tmp_path, "flash")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_code_that_was_compiled_with_another_attention_kernel_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = set()
+    for name in ("flash", "cudnn"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        keep_in(tmp_path, name)
+        folders.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len(folders) == 2
 
 
 def test_a_gpu_compiles_and_the_cpu_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
