@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.step import slices, step_cells, tables
 from benchmarks.step.cells import Cell, plan, tiny_plan
+from benchmarks.step.planned import Planned
 from benchmarks.step.results import Results
 from benchmarks.step.sizes import FULL, SIZES, TINY
 from shared.errors import UserError, nearest, run_command_line
@@ -56,7 +57,8 @@ def main() -> int:
                 "models of the full size are measured on a GPU, and there is none: --tiny shows that it runs"
             )
         left = slices.run(cells, results, str(device), options.minutes, options.results.parent / "compiled")
-    say("\n" + tables.report(results, cells))
+    planned = Planned(options.results.with_suffix(".planned.json"), count_missing=options.plan)
+    say("\n" + tables.report(results, cells, planned))
     if left:
         say(f"{left} cells are left: the same command goes on")
     return 0
@@ -77,6 +79,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="how long this slice may take")
     parser.add_argument("--results", type=Path, default=Path("runs/bench/step.jsonl"), help="one JSON line a cell")
     parser.add_argument("--table", action="store_true", help="measure nothing, print what there is")
+    parser.add_argument("--plan", action="store_true", help="count the planned peaks too: some seconds each, no GPU")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="these parts or ways only: ceilings, ours, quanto")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters: shows that it runs")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
@@ -18,15 +16,14 @@ from benchmarks.step.sizes import Size
 from benchmarks.step.ways import WAYS, Way
 from shared import families
 from shared.families.base import Batch, Tensors
-from train import recompute
+from train import eight_bit, recompute
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions
 from train.budget import ALL, MemoryOptions
 from train.compile import compile_blocks
-from train.frozen_linear import linears
 from train.loader import Loader, LoaderOptions
 from train.modulation import LinearsInMemory, Modulation
 from train.objectives import FlowMatching, ObjectiveOptions
-from train.optimizer import Optimizer, OptimizerOptions
+from train.optimizer import Kind, Optimizer, OptimizerOptions
 from train.step import Step
 from train.streaming import stream
 
@@ -38,8 +35,8 @@ _DATA = 4
 class PlainOptimizer(Optimizer):
     """What trainers other than this one do: the library's optimizer on the weights as they are, torch's clipping."""
 
-    def __init__(self, kind: Literal["adamw", "adamw8bit"], parameters: dict[str, torch.nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, kind: Kind, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.parameters, self.options = parameters, OptimizerOptions(kind=kind)
         if kind == "adamw":
             fused = next(iter(parameters.values())).device.type == "cuda"
             self.inner: torch.optim.Optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, fused=fused)
@@ -55,7 +52,7 @@ class PlainOptimizer(Optimizer):
     def norm(self) -> torch.Tensor:
         graded = [p for p in self.parameters.values() if p.grad is not None]
         self._norm = torch.nn.utils.get_total_norm([p.grad for p in graded if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(graded, OptimizerOptions().clip_norm, self._norm)
+        torch.nn.utils.clip_grads_with_norm_(graded, self.options.clip_norm, self._norm)
         return self._norm
 
     def finish(self, norm: float) -> None:
@@ -100,6 +97,8 @@ class Assembled:
     modulation: Modulation | None
     taken: int = 0
     """Steps so far."""
+    recomputed: tuple[int, int] = (0, 0)
+    """Blocks of the base and of the ControlNet whose forward is done twice."""
     _made: dict[tuple[int, int], Batch] = field(default_factory=dict)
     """Data by size of the batch and number."""
     _followed: int = 0
@@ -122,20 +121,13 @@ class Assembled:
         """The next step, encoding and all, on `batch` samples at a time."""
         self.taken += 1
         self.follow(batch)
-        batches = self.batches(batch, self.taken)
-        if self.modulation is not None:
-            [only] = batches
-            self.modulation.use(only.position, len(only))
-        return self.step(batches, self.taken, LEARNING_RATE)
+        return self.step(self.batches(batch, self.taken), self.taken, LEARNING_RATE)
 
     def gradients(self, batch: int, number: int) -> dict[str, torch.Tensor]:
         """Of the ControlNet, on the batches of step `number`; nothing is stepped."""
         self.follow(batch)
         self.optimizer.zero_grad()
-        for each in self.batches(batch, number):
-            if self.modulation is not None:
-                self.modulation.use(each.position, len(each))
-            self.step.backward([each])
+        self.step.backward(self.batches(batch, number))
         return {name: p.grad for name, p in self.adapter.named_parameters() if p.grad is not None}
 
     def follow(self, batch: int) -> None:
@@ -147,6 +139,13 @@ class Assembled:
         coming = Coming(pooled, batch, lambda position: known[position % _DATA])
         self.modulation.follow(coming, self.step.times, batches=MemoryOptions().hoist_steps)
         self._followed = batch
+
+    def recompute(self, base_blocks: int, controlnet_blocks: int) -> None:
+        """From now on compute the first blocks' activations again in backward."""
+        adapter = self.adapter
+        self.recomputed = recompute.apply(
+            self.step.family, adapter.base, adapter.controlnet, base_blocks, controlnet_blocks
+        )
 
     def close(self) -> None:
         """Leave no thread behind."""
@@ -171,9 +170,7 @@ def assemble(cell: Cell, size: Size, device: torch.device, dtype: torch.dtype) -
     controlnet = make_controlnet(size, cell.depths, device, torch.float32 if way.controlnet == "fp32" else dtype)
     encoders = Encoders(size, device, dtype) if way.encoders else None
     if way.arithmetic != "exact":
-        importlib.import_module("train.int8_arithmetic")  # puts its products where layers find them
-        for layer in linears(base).values():
-            layer.arithmetic = way.arithmetic
+        eight_bit.use(base, way.arithmetic, device)
     if way.compiled:
         blocks = [*family.blocks(base), *family.blocks(controlnet)]
         compile_blocks(blocks, num_shapes=4, backend="inductor" if device.type == "cuda" else "aot_eager")
@@ -184,8 +181,6 @@ def assemble(cell: Cell, size: Size, device: torch.device, dtype: torch.dtype) -
         )
     if way.stream:  # what the modulation looks for in a block is not to be found behind a wrapper
         stream(family, base, device)
-    if way.recompute == "all":
-        recompute.apply(family, base, controlnet, ALL, ALL)
     adapter = ControlNetAdapter(family, base, controlnet, options)
     parameters = dict(adapter.named_parameters())
     optimizer = (
@@ -196,9 +191,12 @@ def assemble(cell: Cell, size: Size, device: torch.device, dtype: torch.dtype) -
     cap_memory(cell.cap_gib, device)
     step = Step(
         family, adapter, FlowMatching(ObjectiveOptions()), optimizer,
-        recipes=RECIPES, seed=0, device=device, dtype=dtype, clip_norm=OptimizerOptions().clip_norm,
+        recipes=RECIPES, seed=0, device=device, dtype=dtype, modulation=modulation,
     )  # fmt: skip
-    return Assembled(cell, size, way, device, dtype, adapter, optimizer, step, encoders, modulation)
+    found = Assembled(cell, size, way, device, dtype, adapter, optimizer, step, encoders, modulation)
+    if way.recompute == "all":
+        found.recompute(ALL, ALL)
+    return found
 
 
 def cap_memory(cap_gib: float | None, device: torch.device) -> None:

@@ -110,7 +110,7 @@ def _headline() -> Iterator[Cell]:
             yield Cell("step", way, depth, cap_gib=cap)
     for way in ("seed", "quanto-compiled", "bf16-compiled", "quanto-online"):
         yield Cell("step", way, batch=LARGEST, cap_gib=A100_40GB)
-    for way in ("quanto", "quanto-compiled", "ours-bf16"):
+    for way in ("ours-lean", "quanto", "quanto-compiled", "ours-bf16"):
         yield Cell("fidelity", way)
 
 

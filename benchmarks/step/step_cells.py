@@ -16,10 +16,13 @@ from benchmarks.step.assembly import Assembled, assemble, cap_memory
 from benchmarks.step.cells import LARGEST, Cell
 from benchmarks.step.data import make_batch
 from benchmarks.step.models import make_base
+from benchmarks.step.planned import setting_of
 from benchmarks.step.sizes import FULL, GIB, Size, flops
 from benchmarks.step.ways import WAYS
 from shared import families
+from shared.errors import UserError
 from train.compile import compile_blocks
+from train.memory_plan import fewest_recomputed
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -63,16 +66,33 @@ def _at_its_batch(made: Assembled, cap_bytes: int) -> dict[str, Any]:
             tried[batch] = _peak_of(made, batch, cap_bytes)
             return tried[batch]
 
-        batch = largest_batch(peak_of, cap_bytes, most=64 if device.type == "cuda" else 2)
+        batch = largest_batch(peak_of, cap_bytes, most=64 if device.type == "cuda" else 2) or 1
         figures["tried"] = {str(size): peak and peak / GIB for size, peak in tried.items()}
-        if not batch:
-            return figures | {"outcome": OUT_OF_MEMORY, "while": "a step of batch 1"}
     figures["batch"] = batch
     began = time.perf_counter()
-    if _peak_of(made, batch, cap_bytes) is None:
+    peak = _peak_of(made, batch, cap_bytes)
+    if peak is None and made.way.recompute == "fit":
+        try:
+            peak = _recompute_until_it_fits(made, batch, cap_bytes)
+        except UserError as error:  # the plan's sentence: nothing fits
+            figures["plan"] = str(error)
+    if peak is None:
         return figures | {"outcome": OUT_OF_MEMORY, "while": f"a step of batch {batch}"}
     figures["first_steps_seconds"] = time.perf_counter() - began  # compiling included, unless it was tried before
     return figures | _timed(made, batch)
+
+
+def _recompute_until_it_fits(made: Assembled, batch: int, cap_bytes: int) -> int | None:
+    """Recompute the blocks that the plan says, and some more where that does not do; the peak, None in the end."""
+    setting = setting_of(made.cell, batch)
+    budget = cap_bytes
+    for _ in range(4):
+        blocks = fewest_recomputed(setting, budget)
+        made.recompute(blocks.base_blocks, blocks.controlnet_blocks)
+        if (peak := _peak_of(made, batch, cap_bytes)) is not None:
+            return peak
+        budget -= GIB // 2  # workspaces of the libraries, fragments
+    return None
 
 
 def _timed(made: Assembled, batch: int) -> dict[str, Any]:
@@ -84,13 +104,13 @@ def _timed(made: Assembled, batch: int) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(device)
     found: dict[str, Any] = timing.steps(lambda: made.take(batch), device, *((20, 3) if full else (2, 1)))
     samples, seconds = batch * way.accumulation, found["step_ms"] / 1e3
-    counted = flops(made.size, cell.depths, cell.resolution, cell.text_length, samples, recomputed(made))
+    counted = flops(made.size, cell.depths, cell.resolution, cell.text_length, samples, made.recomputed)
     found |= {
         "images_per_second": samples / seconds,
         "tflops": counted.model / seconds / 1e12,
         "tflops_machine": counted.machine / seconds / 1e12,
         "flops": asdict(counted),
-        "recomputed_blocks": list(recomputed(made)),
+        "recomputed_blocks": list(made.recomputed),
         "loss": last["loss"],
         "gradient_norm": last["gradient_norm"],
         "card": timing.card(device),
@@ -101,13 +121,6 @@ def _timed(made: Assembled, batch: int) -> dict[str, Any]:
             "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
         }
     return found | {"split_ms": _split(made, batch)}
-
-
-def recomputed(made: Assembled) -> tuple[int, int]:
-    """Blocks of the base and of the ControlNet whose forward is done twice."""
-    if made.way.recompute == "all":
-        return made.size.num_layers + made.size.num_single_layers, sum(made.cell.depths)
-    return 0, 0
 
 
 def largest_batch(peak_of: Callable[[int], int | None], limit_bytes: int, most: int) -> int:
@@ -270,4 +283,4 @@ def compare(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]
     }
 
 
-__all__ = ["FULL", "OUT_OF_MEMORY", "compare", "largest_batch", "measure", "recomputed"]
+__all__ = ["FULL", "OUT_OF_MEMORY", "compare", "largest_batch", "measure"]

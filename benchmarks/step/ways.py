@@ -18,7 +18,8 @@ class Way:
     """How the frozen base is held: as it is, by optimum-quanto's own modules, or in this project's int8 linear."""
     compiled: bool = False
     recompute: Literal["none", "all", "fit"] = "none"
-    """Which blocks are computed again in backward. `fit`: as few as the plan says (train/memory_plan.py)."""
+    """Which blocks are computed again in backward. `fit`: none where that fits below the cap, else as few as the
+    plan says (train/memory_plan.py)."""
     controlnet: Literal["bf16", "fp32"] = "bf16"
     """fp32 is computed in bf16 by autocast."""
     optimizer: Literal["adamw", "adamw8bit", "ours"] = "adamw8bit"
@@ -39,6 +40,7 @@ OURS = Way("this project", "int8", compiled=True, recompute="fit", optimizer="ou
 
 WAYS: dict[str, Way] = {
     "ours": OURS,
+    "ours-lean": Way("this project's int8 linear alone", "int8", optimizer="ours"),
     "ours-eager": replace(OURS, about="this project, not compiled", compiled=False),
     "ours-bf16": replace(OURS, about="this project, base unquantized", base="none"),
     "ours-int8-backward": replace(OURS, about="this project, gradients in 8 bits", arithmetic="int8_backward"),
