@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,17 @@ def test_batches_are_those_of_a_local_copy_within_a_small_local_folder(
         assert sum(shard_bytes(tmp_path / "local", "*/shards/*/*")) <= bound < sum(sizes)
     assert all_same(came, expected)
     assert "in use at once" not in capsys.readouterr().err
+
+
+def test_what_is_peeked_at_far_ahead_is_what_comes(served: Any, tiny_cache: Path, tmp_path: Path) -> None:
+    cache = Cache(served.url, remote_options(tmp_path / "local"))
+    loader = loader_of(cache)
+    with ThreadPoolExecutor(1) as thread:  # while batches are being fetched
+        coming = thread.submit(loader.peek, range(3 * loader.batches_per_epoch), ["clip"])
+        came = list(batches(loader))
+        for peeked, batch in zip(coming.result(), came, strict=True):
+            assert torch.equal(peeked[flux().pooled], batch.tensors[flux().pooled])
+            assert peeked.keys() == {flux().pooled}
 
 
 def test_batches_are_the_same_when_the_server_is_killed_and_restarted_in_an_epoch(
