@@ -399,11 +399,12 @@ class Optimizer:
         generator = self._generator(now.rounding, bucket)
         for piece, value in zip(pieces, values, strict=True):
             self._bring_back(piece, value, generator)
+        del values, value
         if now.measured is not None:
             for piece, old, intended in zip(pieces, before, meant, strict=True):
-                made = piece.cut(piece.weight.detach()).to(torch.float32) - old.to(torch.float32)
-                now.measured.projected.append((made * intended).sum())
-                now.measured.meant.append(intended.square_().sum())
+                made = piece.cut(piece.weight.detach()).to(torch.float32, copy=True).sub_(old)
+                now.measured.projected.append(made.dot(intended))
+                now.measured.meant.append(intended.dot(intended))
                 now.measured.changed.append(made.count_nonzero())
         self._states.put(bucket.index)
 
