@@ -123,7 +123,8 @@ def exact(x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor, bias:
 
 
 ARITHMETIC: dict[str, Multiply] = {"exact": exact}
-"""What multiplies under each name of `Arithmetic`. The others are put here by whoever has them: train/kernels.py."""
+"""What multiplies under each name of `Arithmetic`. The others are put here by whoever has them:
+train/int8_arithmetic.py."""
 
 
 def linears(module: torch.nn.Module) -> dict[str, FrozenInt8Linear]:
