@@ -18,13 +18,14 @@ from shared.cache.reader import CacheError
 from shared.errors import UserError
 from shared.families.base import Batch, Inputs, Tensors
 from shared.model_folder import ModelFolder, resolve
-from tests.train.conftest import flux, samples_of
+from tests.train.conftest import controlnet_tensors, flux, losses, samples_of, train_options
 from train import modulation as modulation_file
 from train import recompute
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions
 from train.loader import Loader, LoaderOptions
 from train.modulation import HoistedLinear, LinearsInMemory, LinearsOnDisk, Modulation, hoist
 from train.objectives import FlowMatching, ObjectiveOptions
+from train.trainer import train
 from train.validation import Validation, ValidationOptions
 
 CPU = torch.device("cpu")
@@ -387,6 +388,28 @@ def test_closing_gives_up_what_is_being_computed(base: torch.nn.Module, cache: P
         threading.Timer(0.05, go_on.set).start()
     assert slow.count == 1  # of the second group's linears: no more were read
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("modulation")]
+
+
+def test_a_run_on_a_hoisted_base_is_that_on_the_whole_one(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, use = [], Modulation.use
+
+    def noted(self: Modulation, position: int, B: int) -> None:
+        used.append(position)
+        use(self, position, B)
+
+    monkeypatch.setattr(Modulation, "use", noted)
+    for name in ("yes", "no"):
+        options = train_options(
+            tiny_cache, tmp_path, name=name, loader={"accumulation": 2}, base={"weights": "none"},
+            memory={"hoist": name, "hoist_steps": 5},
+        )  # fmt: skip
+        assert train(options) == 0
+    assert used == list(range(12))  # of the run that asked for it
+    assert losses(tmp_path / "yes") == pytest.approx(losses(tmp_path / "no"), rel=1e-5)
+    weights, expected = controlnet_tensors(tmp_path / "yes"), controlnet_tensors(tmp_path / "no")
+    assert all(error(weights[name], tensor) < 1e-4 for name, tensor in expected.items())
 
 
 # --- the places -----------------------------------------------------------------------------------------------------
