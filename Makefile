@@ -15,6 +15,7 @@
 #   make test                                  all tests (CPU, no network)
 #   make lint                                  ruff and mypy
 #   make torture                               kills, full disks, flipped bits: what comes of the cache (15 minutes)
+#   make bench                                 the figures about the training step, on a GPU, 8 minutes at a time
 #   make bench-cache                           the figures about the cache (10 minutes, 10 GB of disk)
 #   make clean                                 remove the virtual environment; never a cache or a run
 #
@@ -45,7 +46,7 @@ several = $(if $($(1)),--$(2) $(subst $(comma), ,$($(1))))
 data = $(if $(DATA),--data "$(DATA)")
 of_preprocess = $(call option,MODEL,model) $(call several,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution)
 
-.PHONY: help demo preprocess train sample plan status inspect verify repair prune test lint torture bench-cache clean
+.PHONY: help demo preprocess train sample plan status inspect verify repair prune test lint torture bench bench-cache clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -110,6 +111,9 @@ lint: $(INSTALLED)
 
 torture: $(INSTALLED)
 	@$(RUN_PYTHON) -m benchmarks.torture $(ARGS)
+
+bench: $(INSTALLED)
+	@$(RUN_PYTHON) -m benchmarks.step $(ARGS)
 
 bench-cache: $(VENV)/.bench-installed
 	@$(RUN_PYTHON) -m benchmarks.cache $(ARGS)

@@ -36,10 +36,11 @@ from shared.report import git_revision, quiet_libraries, say, versions
 def main() -> int:
     """Read the options; measure, print, or measure one cell in this process."""
     options = _options()
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(found if options.device == "auto" else options.device)
     if options.cell is not None:
         quiet_libraries()
-        answer = step_cells.measure(Cell(**json.loads(options.cell)), SIZES[options.size], device)
+        answer = step_cells.measure(Cell(**json.loads(options.cell)), SIZES[options.size], device, Path(options.folder))
         Path(options.answer).write_text(json.dumps(answer | {"environment": environment(device)}))
         return 0
     size = TINY if options.tiny else FULL
@@ -52,7 +53,7 @@ def main() -> int:
     results = Results(options.results, size.name)
     left = 0
     if not options.table:
-        if device.type == "auto" or (size is FULL and device.type != "cuda"):
+        if size is FULL and device.type != "cuda":
             raise UserError(
                 "models of the full size are measured on a GPU, and there is none: --tiny shows that it runs"
             )
@@ -83,7 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="these parts or ways only: ceilings, ours, quanto")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters: shows that it runs")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    for internal in ("--cell", "--size", "--answer"):
+    for internal in ("--cell", "--size", "--folder", "--answer"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -52,14 +52,13 @@ def _in_own_process(cell: Cell, size: str, device: str, seconds: float, compile_
         answer, log = Path(folder, "figures.json"), Path(folder, "log")
         environment = {
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-            "TORCHINDUCTOR_CACHE_DIR": str(compile_cache.resolve()),
             "HF_HUB_OFFLINE": "1",
         } | os.environ
         with open(log, "wb") as output:
             process = subprocess.Popen(
                 [
                     sys.executable, "-m", "benchmarks.step", "--cell", json.dumps(cell.to_dict()), "--size", size,
-                    "--device", device, "--answer", str(answer),
+                    "--device", device, "--folder", str(compile_cache), "--answer", str(answer),
                 ],
                 stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,25 +22,39 @@ from benchmarks.step.sizes import FULL, GIB, Size, flops
 from benchmarks.step.ways import WAYS
 from shared import families
 from shared.errors import UserError
-from train.compile import compile_blocks
+from train import attention
+from train.compile import compile_blocks, keep_in
 from train.memory_plan import fewest_recomputed
 
 OUT_OF_MEMORY = "out of memory"
 
 
-def measure(cell: Cell, size: Size, device: torch.device) -> dict[str, Any]:
-    """The cell's figures. Where the device's memory does not suffice, {"outcome": "out of memory"}."""
+def measure(cell: Cell, size: Size, device: torch.device, folder: Path) -> dict[str, Any]:
+    """The cell's figures. Where the device's memory does not suffice, {"outcome": "out of memory"}. Compiled code and
+    the attention kernels' times are kept in `folder`."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    match cell.part:
-        case "ceilings":
-            return ceilings.measure(size, device, dtype)
-        case "forward":
-            return _forward(cell, size, device, dtype)
-        case "fidelity":
-            return _fidelity(cell, size, device, dtype)
-        case _:
-            return _step(cell, size, device, dtype)
+    kernel = _attention(cell, size, device, dtype, folder)
+    keep_in(folder, attention=kernel)
+    with attention.use(kernel):
+        match cell.part:
+            case "ceilings":
+                return ceilings.measure(size, device, dtype)
+            case "forward":
+                return _forward(cell, size, device, dtype)
+            case "fidelity":
+                return _fidelity(cell, size, device, dtype)
+            case _:
+                return _step(cell, size, device, dtype) | {"attention": kernel}
+
+
+def _attention(cell: Cell, size: Size, device: torch.device, dtype: torch.dtype, folder: Path) -> str:
+    """This project's ways choose their kernel as training does; the others, and the base's forward, take torch's."""
+    if not cell.way.startswith("ours"):
+        return attention.DEFAULT
+    tokens = (cell.resolution // 16) ** 2 + cell.text_length
+    shape = attention.Shape(max(1, cell.batch), size.num_heads, tokens, size.head_dim)
+    return attention.choose("auto", [shape], dtype, device, folder)
 
 
 def _step(cell: Cell, size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

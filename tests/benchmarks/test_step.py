@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,17 @@ AT: dict[str, Any] = {"depth": "1-1", "resolution": 64, "text_length": 16}
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def uncompiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Compiling is other tests' business, and takes its time."""
     quiet_libraries()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # else it would stay set
     for name, way in WAYS.items():
         monkeypatch.setitem(ways.WAYS, name, dataclasses.replace(way, compiled=False))
+
+
+def measured(cell: Cell) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return step_cells.measure(cell, TINY, CPU, Path(folder))
 
 
 # What a step costs
@@ -119,7 +126,7 @@ def test_data_have_the_variance_of_a_model_s_inputs_and_are_repeated() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_takes_steps_and_reports_them(way: str) -> None:
-    found = step_cells.measure(Cell("step", way, **AT), TINY, CPU)
+    found = measured(Cell("step", way, **AT))
     assert "outcome" not in found
     assert math.isfinite(found["loss"])
     assert found["gradient_norm"] > 0
@@ -163,7 +170,7 @@ def test_steps_move_the_controlnet_alone_and_each_step_has_its_own_noise() -> No
 
 
 def test_fidelity_of_the_lean_linear_is_that_of_quanto_and_of_8_bit_arithmetic_is_less() -> None:
-    lean = step_cells.measure(Cell("fidelity", "ours-lean", **AT), TINY, CPU)
+    lean = measured(Cell("fidelity", "ours-lean", **AT))
     assert lean["against quanto"]["relative_error"] < 1e-5
     assert 1e-4 < lean["against bf16"]["relative_error"] < 0.05
     assert 0.999 < lean["against bf16"]["cosine"] < 1
@@ -180,7 +187,7 @@ def test_two_gradients_are_compared_over_all_their_parameters() -> None:
 
 def test_a_forward_and_the_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_cells, "compile_blocks", lambda *args, **named: None)
-    assert step_cells.measure(Cell("forward", **AT), TINY, CPU)["forward_ms"] > 0
+    assert measured(Cell("forward", **AT))["forward_ms"] > 0
     found = ceilings.measure(TINY, CPU, torch.float32)
     assert next(iter(found["gemm"])) == "128x128x128"
     assert all(value > 0 for part in found.values() for value in part.values())
@@ -222,7 +229,7 @@ def forgetful(monkeypatch: pytest.MonkeyPatch, fits: Callable[[assembly.Assemble
 
 def test_where_memory_does_not_suffice_that_is_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     forgetful(monkeypatch, lambda made, batch: False)
-    found = step_cells.measure(Cell("step", "quanto", **AT), TINY, CPU)
+    found = measured(Cell("step", "quanto", **AT))
     assert found["outcome"] == step_cells.OUT_OF_MEMORY
     assert found["while"] == "a step of batch 1"
 
@@ -239,7 +246,7 @@ def test_our_way_recomputes_what_the_plan_says_and_more_where_that_does_not_do(
 
     monkeypatch.setattr(step_cells, "fewest_recomputed", fewest)
     forgetful(monkeypatch, lambda made, batch: made.recomputed == (3, 1))
-    found = step_cells.measure(Cell("step", "ours", **AT, cap_gib=1.0), TINY, CPU)
+    found = measured(Cell("step", "ours", **AT, cap_gib=1.0))
     assert found["recomputed_blocks"] == [3, 1]
     assert budgets[0] == 2**30 > budgets[1]
     assert found["flops"]["recomputed"] > 0
@@ -251,7 +258,7 @@ def test_what_cannot_fit_keeps_the_plan_s_sentence(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(step_cells, "fewest_recomputed", refuse)
     forgetful(monkeypatch, lambda made, batch: False)
-    found = step_cells.measure(Cell("step", "ours", **AT, cap_gib=1.0), TINY, CPU)
+    found = measured(Cell("step", "ours", **AT, cap_gib=1.0))
     assert (found["outcome"], found["plan"]) == (step_cells.OUT_OF_MEMORY, "nothing fits")
 
 
