@@ -160,8 +160,8 @@ class Store:
                 if not self._is_sound(part):
                     warn(f"{self._path(part)} is missing or damaged: it is made again")
                     self._make(part)
-        with safe_open(self._path(part), framework="pt", device=str(self.device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(self._path(part), framework="pt") as file:
+            return {name: file.get_tensor(name).to(self.device) for name in file.keys()}  # noqa: SIM118
 
     def _make(self, part: str) -> None:
         """Quantize one part, tensor by tensor on the device, and write it."""
