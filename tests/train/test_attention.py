@@ -21,7 +21,8 @@ SHAPES = [Shape(2, 2, 40, 16), Shape(2, 2, 24, 16)]
 
 def kernel() -> str:
     """Which one runs now."""
-    output = scaled_dot_product_attention(*attention._inputs(SHAPES[0], torch.float32, CPU))
+    query, key, value = attention._inputs(SHAPES[0], torch.float32, CPU)
+    output = scaled_dot_product_attention(query, key, value)
     assert output.grad_fn is not None
     return "flash" if "Flash" in output.grad_fn.name() else "math"
 
@@ -29,19 +30,19 @@ def kernel() -> str:
 def test_the_kernel_that_is_chosen_runs_until_the_end_of_the_run(tmp_path: Path) -> None:
     before = kernel()
     for name in ("math", "flash"):
-        chosen = choose(name, SHAPES, torch.float32, CPU, tmp_path)  # type: ignore[arg-type]
+        chosen = choose(name, SHAPES, torch.float32, CPU, tmp_path)
         with use(chosen):
             assert kernel() == name
         assert kernel() == before
 
 
 def test_all_kernels_compute_the_same() -> None:
-    inputs = attention._inputs(SHAPES[0], torch.float32, CPU)
+    query, key, value = attention._inputs(SHAPES[0], torch.float32, CPU)
     found = []
     for name in ("math", "flash"):
         with use(name):
-            output = scaled_dot_product_attention(*inputs)
-            found.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+            output = scaled_dot_product_attention(query, key, value)
+            found.append([output, *torch.autograd.grad(output.square().sum(), (query, key, value))])
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()
 
