@@ -7,10 +7,10 @@ with cached inputs, with encoders online, and compiled; and how true the gradien
 first. Each has a process of its own, and each result is one line of --results; run the command again until nothing is
 left. --table prints what there is.
 
-Where there is no network: beside torch, this needs the packages of requirements.txt. Wheels made elsewhere will do
-(`pip download --no-deps --only-binary=:all: --python-version 3.12 diffusers==0.42.1 optimum-quanto==0.2.7
-bitsandbytes==0.50.2 tyro docstring-parser typeguard`, then `pip install --no-index --no-deps --target site *.whl` and
-`PYTHONPATH=site python3 -m benchmarks.step --minutes 8`).
+Where there is no network: beside what comes with torch, transformers and accelerate this needs three wheels,
+`pip download --no-deps --only-binary=:all: -d wheels diffusers==0.42.1 optimum-quanto==0.2.7 bitsandbytes==0.50.2`;
+then `pip install --no-index --no-deps --target site wheels/*.whl` and
+`PYTHONPATH=site python3 -m benchmarks.step --minutes 8` on the machine with the GPU.
 
 The memory cap is the allocator's. It stands for a smaller card's memory, never for its speed.
 """
@@ -37,7 +37,8 @@ def main() -> int:
     """Read the options; measure, print, or measure one cell in this process."""
     options = _options()
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(found if options.device == "auto" else options.device)
+    kind = found if options.device == "auto" else options.device
+    device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
     if options.cell is not None:
         quiet_libraries()
         answer = step_cells.measure(Cell(**json.loads(options.cell)), SIZES[options.size], device, Path(options.folder))
@@ -57,7 +58,7 @@ def main() -> int:
             raise UserError(
                 "models of the full size are measured on a GPU, and there is none: --tiny shows that it runs"
             )
-        left = slices.run(cells, results, str(device), options.minutes, options.results.parent / "compiled")
+        left = slices.run(cells, results, kind, options.minutes, options.results.parent / "compiled")
     planned = Planned(options.results.with_suffix(".planned.json"), count_missing=options.plan)
     say("\n" + tables.report(results, cells, planned))
     if left:

@@ -413,17 +413,24 @@ def test_goals_are_kept_missed_or_said_to_be_not_measured(tmp_path: Path) -> Non
     none = Planned(tmp_path / "planned.json", count_missing=False)
     assert tables.goals(results, none).count("not measured: make bench") == len(tables.GOALS) + 1
     record_full(
-        results, Cell("step", "ours", batch=LARGEST, cap_gib=A100_40GB), images_per_second=9.0, step_ms=444.0, batch=4
+        results,
+        Cell("step", "ours", batch=LARGEST, cap_gib=A100_40GB),
+        images_per_second=9.0,
+        step_ms=444.0,
+        batch=4,
+        tried={"1": 20.1},
     )
     record_full(
         results, Cell("step", "quanto", batch=LARGEST, cap_gib=A100_40GB), images_per_second=8.0, step_ms=250.0, batch=2
     )
+    assert "20.1 GiB  kept" in tables.goals(results, none)  # seen on the way to the largest batch
     record_full(
         results, Cell("step", "ours", cap_gib=A100_40GB), images_per_second=8.0, step_ms=125.0, peak_allocated_gib=20.4
     )
     record_full(results, Cell("forward", batch=4), forward_ms=160.0, tflops=540.0)
     lines = {line.split("  ")[0]: line.split() for line in tables.goals(results, none).splitlines()}
     assert lines["2-4 at 512 px, exact, images/s below 39.4 GiB"][-2:] == ["9", "kept"]
+    assert lines["5-10 at 512 px, exact, images/s below 39.4 GiB"][-4:] == ["not", "measured:", "make", "bench"]
     assert lines["2-4 exact beside quanto, cached"][-2:] == ["1.12x", "missed"]
     assert lines["peak of 2-4, batch 1, nothing recomputed"][-3:] == ["20.4", "GiB", "kept"]
     r_forward = 444.0 / (flops(FULL, (2, 4), 512, 512).base_forwards * 160.0)
