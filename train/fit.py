@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -32,7 +31,7 @@ from train.adapters.controlnet import ControlNetAdapter
 from train.budget import GIB, MemoryOptions, parse_budget, parse_recompute
 from train.counting import Setting
 from train.loader import LoaderOptions
-from train.memory_plan import Recompute, cheapest_change, count, fewest_recomputed
+from train.memory_plan import Recompute, cheapest_change, count, fewest_recomputed, least_bytes
 from train.optimizer import Optimizer
 
 T = TypeVar("T")
@@ -86,7 +85,8 @@ def decide(
     num_processes: int = 1,
     saved: Mapping[str, Any] | None = None,
 ) -> Fit:
-    """What to do for a run.
+    """What to do for a run: of all ways to make up a global batch the one of the fewest operations, of equal ones the
+    largest batch; and then as little as will do.
 
     `setting` is the largest step but for its batch and what is decided here: depth, largest size, model, optimizer.
     `free_bytes` is what an automatic budget may take, None for no limit: see `free_bytes`, the least of all processes'.
@@ -98,47 +98,58 @@ def decide(
     setting = replace(setting, hoist=hoist, stream=memory.stream == "yes")
     given = parse_recompute(memory.recompute)
 
-    def found(loader: LoaderOptions) -> tuple[float, Fit]:
-        """For these batches: operations of a step, all in all, and what to do."""
-        setting.optimizer.check_release(loader.accumulation, num_processes)
+    def found(loader: LoaderOptions) -> tuple[float, Fit] | None:
+        """For these batches: operations of a step, all in all, and what to do; None where they do not fit."""
         here = replace(setting, batch_size=loader.batch_size, accumulation=loader.accumulation)
         if budget is None:
             kept = Recompute(*(given or (0, 0)), peak_bytes=0)
             return 0.0, Fit(loader, hoist, here.stream, None, None, kept, fixed=given is not None)
-        here, chosen = _chosen(here, budget, given, memory)
+        chosen = _given(here, given) if given is not None else _fewest(here, budget)
+        if chosen is None and memory.stream == "auto" and here.base != "quanto":  # quanto's own cannot be moved
+            here = replace(here, stream=True)
+            chosen = _fewest(here, budget)
+        if chosen is None:
+            return None
         counted = count(here, chosen.base_blocks, chosen.controlnet_blocks)
         flops = counted.model_flops + counted.recomputed_flops
         flops += loader.accumulation * BATCH_FLOPS * counted.num_base_parameters
         return flops, Fit(loader, hoist, here.stream, budget, here, chosen, fixed=given is not None)
 
-    if loader.global_batch is None:
-        return found(loader)[1]
-    if saved is not None:
-        return found(_as_saved(loader, saved, num_processes))[1]
-    return _fastest(loader, num_processes, found)
+    if loader.global_batch is not None and saved is not None:
+        loader = _as_saved(loader, saved, num_processes)
+    ways = [loader] if loader.global_batch is None else _ways(loader, num_processes, setting.optimizer.release)
+    best: tuple[float, Fit] | None = None
+    for way in ways:
+        setting.optimizer.check_release(way.accumulation, num_processes)
+        fit = found(way)
+        if fit is not None and (best is None or fit[0] <= best[0]):
+            best = fit
+        if fit is None and best is not None:
+            break  # nor do larger batches fit; the smallest may not, since gradients stay while it accumulates
+    if best is not None:
+        return best[1]
+    assert budget is not None
+    first = replace(setting, batch_size=ways[0].batch_size, accumulation=ways[0].accumulation)
+    fewest_recomputed(first, budget)
+    raise AssertionError("it fits after all")
 
 
-def _chosen(
-    setting: Setting, budget: int, given: tuple[int, int] | None, memory: MemoryOptions
-) -> tuple[Setting, Recompute]:
-    """What is recomputed, and whether the base is streamed for it."""
-    if given is not None:
-        counted = count(setting)
-        blocks = min(given[0], counted.num_base_blocks), min(given[1], counted.num_controlnet_blocks)
-        return setting, Recompute(*blocks, peak_bytes=count(setting, *blocks).peak_bytes)
-    try:
-        return setting, fewest_recomputed(setting, budget)
-    except UserError as error:
-        refusal = error
-    if memory.stream == "auto" and setting.base != "quanto":  # quanto's own weights cannot be moved
-        setting = replace(setting, stream=True)
-        with suppress(UserError):
-            return setting, fewest_recomputed(setting, budget)
-    raise refusal  # it names what can be given up beside streaming
+def _fewest(setting: Setting, budget: int) -> Recompute | None:
+    """What has to be recomputed; None where all of it is not enough. (A refusal would look for what can be given up,
+    which takes its time.)"""
+    return fewest_recomputed(setting, budget) if least_bytes(setting) <= budget else None
 
 
-def _fastest(loader: LoaderOptions, num_processes: int, found: Callable[[LoaderOptions], tuple[float, Fit]]) -> Fit:
-    """Of all ways to make up a global batch the one of the fewest operations; of equal ones, the largest batch."""
+def _given(setting: Setting, blocks: tuple[int, int]) -> Recompute:
+    """What the user asked for, with what it takes."""
+    counted = count(setting)
+    base, controlnet = min(blocks[0], counted.num_base_blocks), min(blocks[1], counted.num_controlnet_blocks)
+    return Recompute(base, controlnet, count(setting, base, controlnet).peak_bytes)
+
+
+def _ways(loader: LoaderOptions, num_processes: int, release: bool) -> list[LoaderOptions]:
+    """To make up a global batch, from the smallest batch to the largest. What releases gradients does not accumulate
+    any."""
     assert loader.global_batch is not None
     if loader.global_batch % num_processes:
         raise UserError(
@@ -146,25 +157,8 @@ def _fastest(loader: LoaderOptions, num_processes: int, found: Callable[[LoaderO
             f"multiple of {num_processes}"
         )
     samples = loader.global_batch // num_processes
-    best: tuple[float, Fit] | None = None
-    refusal: UserError | None = None
-    for batch_size in range(1, samples + 1):
-        if samples % batch_size:
-            continue
-        ways = replace(loader, global_batch=None, batch_size=batch_size, accumulation=samples // batch_size)
-        try:
-            flops, fit = found(ways)
-        except UserError as error:
-            refusal = error
-            if best is not None:
-                break  # nor do larger ones fit; the smallest may be refused because gradients stay while it accumulates
-            continue
-        if best is None or flops <= best[0]:
-            best = flops, fit
-    if best is None:
-        assert refusal is not None
-        raise refusal
-    return best[1]
+    sizes = [size for size in range(1, samples + 1) if samples % size == 0 and (size == samples or not release)]
+    return [replace(loader, global_batch=None, batch_size=size, accumulation=samples // size) for size in sizes]
 
 
 def _as_saved(loader: LoaderOptions, saved: Mapping[str, Any], num_processes: int) -> LoaderOptions:
@@ -364,10 +358,7 @@ class Guard:
         of it would not be enough."""
         assert self.fit.setting is not None
         error = measured.allocated_bytes - self.recompute.peak_bytes
-        try:
-            return fewest_recomputed(self.fit.setting, limit_bytes - error)
-        except UserError:
-            return None
+        return _fewest(self.fit.setting, limit_bytes - error)
 
     def _cost(self, of: Recompute) -> float:
         """Operations that recomputing takes."""
