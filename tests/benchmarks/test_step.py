@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -423,7 +424,7 @@ def test_goals_are_kept_missed_or_said_to_be_not_measured(tmp_path: Path) -> Non
     record_full(
         results, Cell("step", "quanto", batch=LARGEST, cap_gib=A100_40GB), images_per_second=8.0, step_ms=250.0, batch=2
     )
-    assert "20.1 GiB  kept" in tables.goals(results, none)  # seen on the way to the largest batch
+    assert re.search(r"peak of 2-4.* 20\.1 GiB +kept", tables.goals(results, none))  # on the way to the largest batch
     record_full(
         results, Cell("step", "ours", cap_gib=A100_40GB), images_per_second=8.0, step_ms=125.0, peak_allocated_gib=20.4
     )
