@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from shared import families
 from shared.errors import UserError
 from shared.families.base import Inputs
 from shared.model_folder import resolve
-from train import compile, recompute
+from train import compile, recompute, streaming
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions
 from train.compile import compile_blocks, eager, keep_in, missing_tool, wanted
 from train.frozen_linear import FrozenInt8Linear
@@ -101,30 +101,37 @@ def all_blocks(adapter: ControlNetAdapter) -> list[torch.nn.Module]:
     return [*FLUX.blocks(adapter.base), *FLUX.blocks(adapter.controlnet)]
 
 
-def set_rows(hoisted: dict[str, torch.nn.Linear], adapter: ControlNetAdapter, batch: Any) -> None:
-    _, t, inputs = batch
-    vector = FLUX.time_embedding(adapter.base, t, 3.5, inputs.embeds["pooled_projections"])
-    for name, linear in hoisted.items():
-        stand_in = adapter.base.get_submodule(name)
-        assert isinstance(stand_in, HoistedLinear)
-        stand_in.rows = linear(vector).detach()
+def hoisted(adapter: ControlNetAdapter) -> Callable[[Any], None]:
+    """Hoist the base's modulation; what comes back computes the rows of a batch."""
+    linears = hoist(FLUX, adapter.base)
+    places = {name: cast(HoistedLinear, adapter.base.get_submodule(name)) for name in linears}
+
+    def set_rows(batch: tuple[torch.Tensor, torch.Tensor, Inputs]) -> None:
+        _, t, inputs = batch
+        vector = FLUX.time_embedding(adapter.base, t, 3.5, inputs.embeds["pooled_projections"])
+        for name, linear in linears.items():
+            places[name].rows = linear(vector).detach()
+
+    return set_rows
 
 
-@pytest.mark.parametrize(("lean", "recomputed"), [(False, 0), (True, 2)], ids=["plain", "int8, hoisted, recomputed"])
-def test_compiled_blocks_compute_what_they_computed(tiny_model: Path, lean: bool, recomputed: int) -> None:
-    adapter = adapter_of(tiny_model, int8=lean)
-    hoisted = hoist(FLUX, adapter.base) if lean else {}
+@pytest.mark.parametrize("everything", [False, True], ids=["as they are", "int8, hoisted, streamed, recomputed"])
+def test_compiled_blocks_compute_what_they_computed(tiny_model: Path, everything: bool) -> None:
+    adapter = adapter_of(tiny_model, int8=everything)
+    set_rows = hoisted(adapter) if everything else lambda batch: None
     batches = [inputs_of(2, seed=seed) for seed in (0, 1)]
     expected = []
     for batch in batches:
-        set_rows(hoisted, adapter, batch)
+        set_rows(batch)
         expected.append(gradients(adapter, batch))
     counting = Counting()
     compile_blocks(all_blocks(adapter), num_shapes=1, backend=counting)
-    recompute.apply(FLUX, adapter.base, adapter.controlnet, recomputed, recomputed)
+    if everything:
+        streaming.stream(FLUX, adapter.base, CPU)
+        recompute.apply(FLUX, adapter.base, adapter.controlnet, 2, 2)
     graphs = []
     for batch, before in zip(batches, expected, strict=True):
-        set_rows(hoisted, adapter, batch)
+        set_rows(batch)
         assert_equal_to_rounding(gradients(adapter, batch), before)
         graphs.append(counting.graphs)
     assert graphs[0] == graphs[1] > 0, "other numbers of the same shape compile nothing anew"
