@@ -19,6 +19,10 @@ On a GPU many batches are one product, and its shape is part of how a sum is rou
 positions, and a row is always computed in the same place of a product of the same shape, wherever a run was resumed.
 On the CPU each batch is a product of its own, as it would be in the base: hoisting changes no bit there.
 
+For FLUX.1-dev in bf16 the device is spared 6 GiB (3 of int8). It holds 2 MB of rows for each sample of a batch, and two
+pieces of weights for moments. The host holds two groups of rows, the present and the next: 0.26 GiB for each sample of
+a batch and 64 batches (pinned memory comes in powers of two: up to twice that), and maps the weights' files.
+
 Letters: B samples of a batch, R the most that a batch has, S batches that are computed together, M = S R rows, P and D
 features of the pooled text and of the vector that the linears see, n outputs of one piece of a linear.
 """
@@ -217,10 +221,6 @@ class Modulation:
     def num_bytes(self) -> int:
         """What the device would hold in addition, were the weights there unquantized."""
         return self.num_parameters * self.dtype.itemsize
-
-    def host_bytes(self, batches: int, batch_size: int) -> int:
-        """Memory on the host for groups of so many batches: of the present group and of the next."""
-        return 2 * batches * self._layout(batch_size).numel * self.dtype.itemsize
 
     def follow(self, loader: Loader, times: Callable[[int, int], torch.Tensor], *, batches: int) -> None:
         """Serve the batches of this loader, so many at a time. `times(position, B)` gives t (B,) of batch number
