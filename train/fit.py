@@ -5,6 +5,7 @@
     ... load, hoist if fitted.hoist, compile, stream if fitted.stream, make the optimizer ...
     guard = fit.Guard(fitted, family, adapter, optimizer, device)      # applies what is recomputed
     figures = guard(batches, lambda: step(batches, number, rate))      # every step
+    held_out = fit.look(validation, lambda: validation.held_out(adapter))
 
 A step that runs out of memory before any weight has moved is taken again with more blocks recomputed. Of a step of full
 size, the second one on (the first also compiles), the peak is held against the budget: above it more blocks are
@@ -33,6 +34,7 @@ from train.counting import Setting
 from train.loader import LoaderOptions
 from train.memory_plan import Recompute, cheapest_change, count, fewest_recomputed, least_bytes
 from train.optimizer import Optimizer
+from train.validation import Validation
 
 T = TypeVar("T")
 
@@ -287,7 +289,8 @@ class Guard:
                     self._look(batches, self._meter.end())
                 return result
             # Here the step's own tensors are gone: nothing refers to where it stopped any more.
-            self._make_room()
+            self.optimizer.zero_grad()
+            free_memory()
             self._ran_out = self._cost(self.recompute)
             self._change(more, "memory ran out before any weight was stepped; the step is taken again")
 
@@ -392,12 +395,6 @@ class Guard:
         )
         self.recompute = replace(to, base_blocks=base, controlnet_blocks=controlnet)
 
-    def _make_room(self) -> None:
-        self.optimizer.zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
     def _words(self) -> str:
         base, controlnet = self.recompute.base_blocks, self.recompute.controlnet_blocks
         return f"{base} of {self._counts[0]} blocks of the base and {controlnet} of {self._counts[1]} of the ControlNet"
@@ -412,6 +409,29 @@ class Guard:
             least = count(setting, *self._counts).peak_bytes
             change = cheapest_change(setting, least - 1)
         return f"try {change or '--memory.recompute all, or a smaller --loader.batch-size'}"
+
+
+def look(validation: Validation, function: Callable[[], T]) -> T:
+    """What a look at the held-out samples gives, in smaller batches where memory runs out. Raises `UserError` where not
+    even one sample fits."""
+    while True:
+        try:
+            return function()
+        except torch.OutOfMemoryError as error:
+            if not validation.take_fewer():
+                raise UserError(
+                    "memory ran out while looking at one held-out sample: set a smaller memory.budget, so that more is "
+                    "left free, or turn looks off (validation.every 0, validation.pictures_every 0)"
+                ) from error
+        free_memory()
+        warn(f"memory ran out while looking at held-out samples: {validation.batch_size} at a time from here on")
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, after memory ran out."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _blocks(setting: Setting, of: Recompute) -> str:

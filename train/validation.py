@@ -95,6 +95,8 @@ class Validation:
         """`modulation`: of a base that is hoisted."""
         self.samples, self.family, self.model, self.objective = samples, family, model, objective
         self.options, self.seed, self.device, self.dtype = options, seed, device, dtype
+        self.batch_size = options.batch_size
+        """Samples of one model call, which may be fewer than was asked for: see `take_fewer`."""
         count = min(len(samples), max(options.samples, options.pictures))
         self.indices: list[int] = Permutation(len(samples), seed, "held out").of(np.arange(count)).tolist()
         self._without: torch.Tensor | None = None  # the base is frozen: computed once
@@ -113,8 +115,17 @@ class Validation:
         by_size: dict[Size, list[int]] = {}
         for index in indices:
             by_size.setdefault(self.samples.size_of(index), []).append(index)
-        most = self.options.batch_size
+        most = self.batch_size
         return [group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)]
+
+    def take_fewer(self) -> bool:
+        """From now on half as many samples in a model call; False where it is one already. What is found stays the same
+        to rounding."""
+        if self.batch_size == 1:
+            return False
+        self.batch_size //= 2
+        self._grid_rows = None
+        return True
 
     def _rows(self, parts: list[list[int]], t: torch.Tensor) -> Rows | None:
         """The modulation of these batches, each at every t (J,): of batch k at t[j] in slot k * J + j. None where the
@@ -209,7 +220,7 @@ class Validation:
             x_0 = self._latents(batch, "latents")
             inputs = self.family.inputs(batch, self._latents(batch, "condition_latents"), self.dtype)
             noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, 0, _PICTURES) for index in part]).to(x_0)
-            new = part[0] not in self._pictures_without
+            new = any(index not in self._pictures_without for index in part)
             ahead = None if self._modulation is None else self._rows([part], self._times(noise[:1]))
             controlled = self._paint(adapter, noise, inputs, "own", ahead)
             free = self._paint(adapter, noise, inputs, "none", ahead) if new else None
