@@ -17,6 +17,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -130,6 +131,11 @@ class Segment:
     """How far above the beginning memory rises in between."""
     work: Work = field(default_factory=Work)
 
+    @property
+    def place(self) -> tuple[Part, int | None, bool]:
+        """Where in the step it is."""
+        return self.part, self.block, self.backward
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -156,34 +162,43 @@ class Weights:
 class Trace:
     """One forward and backward of the whole base and ControlNet."""
 
+    setting: Setting
     weights: Weights
     kept: list[Segment]
-    """The segments where every activation is kept, ..."""
-    recomputed: list[Segment]
-    """... and, one for one, where every block's are recomputed."""
+    """The segments where every activation is kept."""
     copies: tuple[tuple[int, ...], ...]
     """For each block of the base that was traced, the blocks of the whole base that it stands for, in order."""
     num_controlnet_blocks: int
+    whole: bool
 
     @property
     def num_base_blocks(self) -> int:
+        """Of the whole base."""
         return sum(map(len, self.copies))
+
+    @functools.cached_property
+    def recomputed(self) -> list[Segment]:
+        """The segments where every block's activations are recomputed, one for one. Counted when first asked for."""
+        _, segments, _ = _run(self.setting, recomputed=True, whole=self.whole)
+        assert [s.place for s in segments] == [s.place for s in self.kept]
+        return segments
 
     def of(self, base_blocks: int, controlnet_blocks: int) -> Iterator[Segment]:
         """The segments of a step in which the first so many blocks are recomputed, in the order of time."""
-        for kept, recomputed in zip(self.kept, self.recomputed, strict=True):
+        recomputed = self.recomputed if base_blocks or controlnet_blocks else self.kept
+        for kept, again in zip(self.kept, recomputed, strict=True):
             if kept.block is None:
                 yield kept
             elif kept.part == "controlnet":
-                yield recomputed if kept.block < controlnet_blocks else kept
+                yield again if kept.block < controlnet_blocks else kept
             else:
                 for block in reversed(self.copies[kept.block]) if kept.backward else self.copies[kept.block]:
-                    yield recomputed if block < base_blocks else kept
+                    yield again if block < base_blocks else kept
 
 
 def trace(setting: Setting, *, whole: bool = False) -> Trace:
-    """Count a step of this setting, twice: nothing recomputed and all. Some seconds at full size. `whole` counts every
-    block of the base, for the test that shows that a few are enough.
+    """Count a step of this setting. Some seconds at full size, and as many again where blocks are recomputed. `whole`
+    counts every block of the base, for the test that shows that a few are enough.
 
     Settings that differ in nothing that a trace depends on share one."""
     release = OptimizerOptions(release=True, clip="parameter") if setting.optimizer.release else OptimizerOptions()
@@ -192,16 +207,14 @@ def trace(setting: Setting, *, whole: bool = False) -> Trace:
 
 @functools.lru_cache(maxsize=256)
 def _trace(setting: Setting, whole: bool) -> Trace:
-    family = families.get(setting.family)
-    runs = [_run(family, setting, recomputed, whole) for recomputed in (False, True)]
-    (weights, kept, copies), (_, recomputed, _) = runs
-    assert [(s.part, s.block, s.backward) for s in kept] == [(s.part, s.block, s.backward) for s in recomputed]
-    return Trace(weights, kept, recomputed, copies, sum(setting.depth))
+    weights, kept, copies = _run(setting, recomputed=False, whole=whole)
+    return Trace(setting, weights, kept, copies, sum(setting.depth), whole)
 
 
 def _run(
-    family: Family, setting: Setting, recomputed: bool, whole: bool
+    setting: Setting, *, recomputed: bool, whole: bool
 ) -> tuple[Weights, list[Segment], tuple[tuple[int, ...], ...]]:
+    family = families.get(setting.family)
     base = family.make_base(setting.model).to(setting.dtype)
     num_base_parameters = sum(parameter.numel() for parameter in base.parameters())
     if setting.hoist:
@@ -251,7 +264,7 @@ def _step(
         parameter.register_post_accumulate_grad_hook(meter.released if releases else meter.accumulated)
     step = Step(
         family,
-        ControlNetAdapter(family, base, controlnet, ControlNetOptions()),
+        _Adapter(family, base, controlnet, ControlNetOptions()),
         FlowMatching(ObjectiveOptions()),
         cast(Optimizer, None),  # counted up to its step, which is known
         recipes={role: {"shift": 0.0, "scale": 1.0} for role in ("latents", "condition_latents")},
@@ -259,6 +272,8 @@ def _step(
         device=torch.device("meta"),
         dtype=setting.dtype,
     )
+    if setting.weights != setting.dtype:
+        _cast_as_autocast_does(controlnet, setting.dtype)
     marks = _Marks(meter)
     marks.put("controlnet", controlnet, family.blocks(controlnet), closing=False)
     marks.put("base", base, family.blocks(base), closing=True)
@@ -359,6 +374,31 @@ def _batch(family: Family, setting: Setting) -> Batch:
         },
         step_samples=setting.batch_size,
     )
+
+
+class _Adapter(ControlNetAdapter):
+    """What is trained, without autocast, which the meta device has not."""
+
+    def _autocast(self, x_t: torch.Tensor) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+def _cast_as_autocast_does(controlnet: torch.nn.Module, dtype: torch.dtype) -> None:
+    """float32 weights computed with in `dtype`, in place: products in `dtype`, layer norms in float32, as on CUDA."""
+    for module in controlnet.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = functools.partial(_cast_linear, module, dtype)  # type: ignore[method-assign]
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.forward = functools.partial(_cast_norm, module)  # type: ignore[method-assign]
+
+
+def _cast_linear(linear: torch.nn.Linear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), linear.weight.to(dtype), bias)
+
+
+def _cast_norm(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _compute_as_on_a_gpu(block: torch.nn.Module) -> None:

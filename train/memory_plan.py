@@ -208,6 +208,8 @@ def _fewest(setting: Setting, budget_bytes: int) -> Recompute | None:
     def peak(base_blocks: int, controlnet_blocks: int) -> int:
         return _peak(setting, traced, traced.of(base_blocks, controlnet_blocks)).num_bytes
 
+    if (least := peak(0, 0)) <= budget_bytes:
+        return Recompute(0, 0, least)
     best: Recompute | None = None
     best_cost = float("inf")
     for controlnet_blocks in range(traced.num_controlnet_blocks + 1):
@@ -276,7 +278,7 @@ def _components(setting: Setting, traced: Trace, peak: _Peak) -> dict[str, int]:
     parts["optimizer states"] = peak.states_bytes
     for holder, num_bytes in peak.held.items():
         if holder != "weights":
-            parts[_COMPONENT[holder]] += num_bytes
+            parts[_COMPONENT[holder]] += max(0, num_bytes)  # what stands for other blocks may be some KB too little
     parts["temporaries"] = peak.num_bytes - sum(parts.values())
     return parts
 
