@@ -27,8 +27,8 @@ import os
 import shlex
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,13 @@ def compile_blocks(blocks: Sequence[torch.nn.Module], *, num_shapes: int, backen
     )
 
 
-def eager(*, unless: bool = False) -> AbstractContextManager[object]:
+@contextmanager
+def eager(*, unless: bool = False) -> Iterator[None]:
     """Within, nothing is compiled and nothing compiled is called; with `unless` everything is as outside.
 
     A batch's backward belongs within too: blocks that are computed again must be so in the same way."""
-    return nullcontext() if unless else torch.compiler.set_stance("force_eager")
+    if unless:
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):  # it holds from here on, not from entering
+            yield
