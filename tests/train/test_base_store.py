@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -21,7 +20,7 @@ from shared.model_folder import ModelFolder, resolve
 from tests.train.conftest import content, flux
 from tests.train.test_quantize import base_of, predict
 from train import base_store
-from train.base_store import BASE, DIGESTS, open_base
+from train.base_store import BASE, DIGESTS, Store, open_base
 from train.frozen_linear import linears
 from train.modulation import HoistedLinear
 from train.quantize import BaseOptions, Weights, place_base
@@ -135,7 +134,9 @@ def test_a_model_changed_in_its_place_is_another_base(tiny_model: Path, tmp_path
     [file] = (model / "transformer").glob("*.safetensors")
     tensors = load_file(file)
     tensors["proj_out.bias"] += 1
-    save_file(tensors, file)
+    size = file.stat().st_size
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert file.stat().st_size == size
     second = opened(model, tmp_path / "bases")
     bias = "proj_out.bias"
     assert torch.equal(second.get_parameter(bias), first.get_parameter(bias) + 1)
@@ -243,30 +244,38 @@ def test_a_file_where_the_folder_should_be_is_refused_by_name(tiny_model: Path, 
         opened(tiny_model, tmp_path / "bases")
 
 
-def _open_and_report(model: Path, folder: Path, start: Any, results: Any) -> None:
-    start.wait()
+def _open_and_report(model: Path, folder: Path, results: Any) -> None:
+    made: list[str] = []
+    make = Store._make
+
+    def counted(self: Store, part: str) -> None:
+        made.append(part)
+        make(self, part)
+
+    Store._make = counted  # type: ignore[method-assign]
+    results.put("at the door")
     base = opened(model, folder)
-    results.put(predict(base, torch.float32).sum().item())
+    results.put((predict(base, torch.float32).sum().item(), len(made)))
 
 
 def test_of_two_processes_one_makes_the_base_and_the_other_waits(
     tiny_model: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
-    start, results = processes.Event(), processes.Queue()
+    opened(tiny_model, tmp_path / "alone")
+    name, results = only(tmp_path / "alone").name, processes.Queue()
     both = [
-        processes.Process(target=_open_and_report, args=(tiny_model, tmp_path, start, results), daemon=True)
+        processes.Process(target=_open_and_report, args=(tiny_model, tmp_path / "bases", results), daemon=True)
         for _ in range(2)
     ]
-    with atomic.alone(tmp_path, "testing"):  # so that both come to the door before it opens
+    with atomic.alone(tmp_path / "bases" / name, "testing"):
         for process in both:
             process.start()
-        start.set()
-        time.sleep(0.5)
-        assert not list(tmp_path.glob("flux-int8-*"))
-    found = [results.get(timeout=60) for _ in both]
+        assert [results.get(timeout=60) for _ in both] == ["at the door"] * 2
+        time.sleep(1)
+        assert not list((tmp_path / "bases" / name).iterdir())
+    (one, made), (other, made_by_other) = (results.get(timeout=60) for _ in both)
     for process in both:
         process.join()
-    assert found[0] == found[1]
-    files = json.loads((only(tmp_path) / BASE).read_text())["files"]
-    assert len(files) == 5
-    assert not list(tmp_path.rglob(f"*{atomic.PART}"))
+    assert one == other
+    assert sorted([made, made_by_other]) == [0, 5]
+    assert content(tmp_path / "bases" / name) == content(tmp_path / "alone" / name)
