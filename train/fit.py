@@ -32,7 +32,7 @@ from train.adapters.controlnet import ControlNetAdapter
 from train.budget import GIB, MemoryOptions, parse_budget, parse_recompute
 from train.counting import Setting
 from train.loader import LoaderOptions
-from train.memory_plan import Recompute, cheapest_change, count, fewest_recomputed, least_bytes
+from train.memory_plan import Recompute, cheapest_change, count, fewest_recomputed, fitting
 from train.optimizer import Optimizer
 from train.validation import Validation
 
@@ -106,10 +106,10 @@ def decide(
         if budget is None:
             kept = Recompute(*(given or (0, 0)), peak_bytes=0)
             return 0.0, Fit(loader, hoist, here.stream, None, None, kept, fixed=given is not None)
-        chosen = _given(here, given) if given is not None else _fewest(here, budget)
+        chosen = _given(here, given) if given is not None else fitting(here, budget)
         if chosen is None and memory.stream == "auto" and here.base != "quanto":  # quanto's own cannot be moved
             here = replace(here, stream=True)
-            chosen = _fewest(here, budget)
+            chosen = fitting(here, budget)
         if chosen is None:
             return None
         counted = count(here, chosen.base_blocks, chosen.controlnet_blocks)
@@ -134,12 +134,6 @@ def decide(
     first = replace(setting, batch_size=ways[0].batch_size, accumulation=ways[0].accumulation)
     fewest_recomputed(first, budget)
     raise AssertionError("it fits after all")
-
-
-def _fewest(setting: Setting, budget: int) -> Recompute | None:
-    """What has to be recomputed; None where all of it is not enough. (A refusal would look for what can be given up,
-    which takes its time.)"""
-    return fewest_recomputed(setting, budget) if least_bytes(setting) <= budget else None
 
 
 def _given(setting: Setting, blocks: tuple[int, int]) -> Recompute:
@@ -361,7 +355,7 @@ class Guard:
         of it would not be enough."""
         assert self.fit.setting is not None
         error = measured.allocated_bytes - self.recompute.peak_bytes
-        return _fewest(self.fit.setting, limit_bytes - error)
+        return fitting(self.fit.setting, limit_bytes - error)
 
     def _cost(self, of: Recompute) -> float:
         """Operations that recomputing takes."""

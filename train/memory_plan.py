@@ -117,7 +117,7 @@ def fewest_recomputed(setting: Setting, budget_bytes: int) -> Recompute:
     """The blocks to recompute, as little arithmetic as will do, so that a step takes no more than the budget.
 
     Raises `UserError`, which names the cheapest change that would fit, where recomputing all of them does not."""
-    found = _fewest(setting, budget_bytes)
+    found = fitting(setting, budget_bytes)
     if found is None:
         least = least_bytes(setting)
         change = cheapest_change(setting, budget_bytes)
@@ -141,7 +141,7 @@ def cheapest_change(setting: Setting, budget_bytes: int) -> str | None:
     """The first of what can be given up, from what costs least to what costs most, that makes a step fit. None where
     nothing does."""
     for words, changed in changes(setting):
-        found = _fewest(changed, budget_bytes)
+        found = fitting(changed, budget_bytes)
         if found is not None:
             traced = trace(changed)
             recomputed = ""
@@ -202,7 +202,9 @@ def describe(setting: Setting) -> str:
 # The search
 
 
-def _fewest(setting: Setting, budget_bytes: int) -> Recompute | None:
+def fitting(setting: Setting, budget_bytes: int) -> Recompute | None:
+    """What `fewest_recomputed` finds; None where nothing does. (To refuse takes longer: what could be given up is
+    looked for.)"""
     traced = trace(setting)
 
     def peak(base_blocks: int, controlnet_blocks: int) -> int:
@@ -330,5 +332,5 @@ def _bucket_sizes(
 
 __all__ = [
     "COMPONENTS", "GIB", "Counted", "Recompute", "Setting", "cheapest_change", "count", "fewest_recomputed",
-    "least_bytes",
+    "fitting", "least_bytes",
 ]  # fmt: skip

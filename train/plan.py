@@ -146,41 +146,41 @@ def _model(family: Family, name: str) -> ModelFolder | None:
 
 
 def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
-    """What a run of this depth needs. Raises `UserError` where the base has not as many blocks."""
+    """What a run of this depth needs, fitted as training fits it. Raises `UserError` where the base has not as many
+    blocks, or options do not go together."""
+    import torch
+
+    from train import fit
     from train.adapters.controlnet import parse_depth
-    from train.budget import parse_budget, parse_recompute
-    from train.memory_plan import count, fewest_recomputed
+    from train.budget import parse_budget
+    from train.memory_plan import count
     from train.roofline import GPUS, predict
 
-    gpu = GPUS[options.gpu]
-    budget = parse_budget(gpu.memory if options.memory.budget == "auto" else options.memory.budget)
+    gpu, memory, loader = GPUS[options.gpu], options.memory, options.loader
+    budget = parse_budget(gpu.memory if memory.budget == "auto" else memory.budget)
     setting = _setting(options, subject, parse_depth(depth))
-    chosen, refusal = parse_recompute(options.memory.recompute), None
-    if chosen is None:
-        streamed = replace(setting, stream=True)
-        try:
-            found = fewest_recomputed(setting, budget)
-        except UserError as error:
-            found, refusal = None, str(error)
-            if options.memory.stream == "auto":
-                try:
-                    found, setting, refusal = fewest_recomputed(streamed, budget), streamed, None
-                except UserError:  # what would make it fit without streaming is said
-                    found = None
-        chosen = _all(setting) if found is None else (found.base_blocks, found.controlnet_blocks)
-    base_blocks, controlnet_blocks = (min(given, there) for given, there in zip(chosen, _all(setting), strict=True))
-    counted = count(setting, base_blocks, controlnet_blocks)
-    if refusal is None and counted.peak_bytes > budget:
-        refusal = f"with memory.recompute {options.memory.recompute} it does not fit: leave that out, or recompute more"
-    return Plan(
-        depth=depth,
-        counted=counted,
-        budget_bytes=budget,
-        prediction=predict(
-            counted, gpu, compiled=options.speed.compile != "no", arithmetic=options.speed.arithmetic
-        ),
-        refusal=refusal,
-    )  # fmt: skip
+    options.optimizer.check_release(loader.accumulation, num_processes=1)
+    refusal = None
+    try:
+        fitted = fit.decide(memory, loader, setting, device=torch.device("cuda"), free_bytes=budget)
+        assert fitted.setting is not None
+        setting, blocks = fitted.setting, (fitted.recompute.base_blocks, fitted.recompute.controlnet_blocks)
+        if fitted.recompute.peak_bytes > budget:
+            refusal = f"memory.recompute is {memory.recompute}: leave it out, and as much as must be is recomputed"
+    except UserError as error:
+        refusal = str(error)
+        setting = replace(
+            setting,
+            hoist=memory.hoist != "no",
+            stream=memory.stream == "yes",
+            accumulation=loader.global_batch or setting.accumulation,
+        )
+        every = count(setting)
+        blocks = every.num_base_blocks, every.num_controlnet_blocks
+    counted = count(setting, *blocks)
+    compiled = options.speed.compile != "no"
+    prediction = predict(counted, gpu, compiled=compiled, arithmetic=options.speed.arithmetic)
+    return Plan(depth, counted, budget, prediction, refusal)
 
 
 def _setting(options: PlanConfig, subject: Subject, depth: tuple[int, int]) -> Setting:
@@ -206,19 +206,10 @@ def _setting(options: PlanConfig, subject: Subject, depth: tuple[int, int]) -> S
         family=subject.family.name,
         model=subject.model,
         base=options.base.weights,
-        hoist=options.memory.hoist != "no",
-        stream=options.memory.stream == "yes",
         dtype=dtype,
         weights=weights,
         optimizer=options.optimizer,
     )
-
-
-def _all(setting: Setting) -> tuple[int, int]:
-    from train.counting import trace
-
-    traced = trace(setting)
-    return traced.num_base_blocks, traced.num_controlnet_blocks
 
 
 # What is printed
