@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def open_base(
         for block in family.blocks(base):
             make_room(block)
         store.make()
-        for part in progress(source.parts, title="loading the base", unit="block"):
-            _assign(base, store.load(part))
+        for tensors in progress(store.load(), title="loading the base", unit="block", total=len(source.parts)):
+            _assign(base, tensors)
     else:
         for part, block in progress(source.blocks.items(), title="loading the base", unit="block"):
             _assign(base, {name: tensor.to(device) for name, tensor in source.read(part)})
@@ -153,13 +154,26 @@ class Store:
             for part in progress(missing, title="quantizing the base", unit="block"):
                 self._make(part)
 
-    def load(self, part: str) -> Tensors:
-        """A part's tensors on the device, on the CPU mapped. A file that is missing or damaged is made again."""
-        if not self._is_sound(part):
-            with self._alone():
-                if not self._is_sound(part):
-                    warn(f"{self._path(part)} is missing or damaged: it is made again")
-                    self._make(part)
+    def load(self) -> Iterator[Tensors]:
+        """Each part's tensors on the device, on the CPU mapped. A file that is missing or damaged is made again. While
+        one part is put in its place, the next one is read and compared with its checksum."""
+        parts = self.source.parts
+        with ThreadPoolExecutor(1, "base") as ahead:
+            sound = ahead.submit(self._is_sound, parts[0])
+            for part, following in zip(parts, [*parts[1:], None], strict=True):
+                if not sound.result():
+                    self._make_again(part)
+                if following is not None:
+                    sound = ahead.submit(self._is_sound, following)
+                yield self._load(part)
+
+    def _make_again(self, part: str) -> None:
+        with self._alone():
+            if not self._is_sound(part):  # else another process was here first
+                warn(f"{self._path(part)} is missing or damaged: it is made again")
+                self._make(part)
+
+    def _load(self, part: str) -> Tensors:
         with safe_open(self._path(part), framework="pt") as file:
             return {name: file.get_tensor(name).to(self.device) for name in file.keys()}  # noqa: SIM118
 
