@@ -12,7 +12,8 @@ of the weight serves both directions. (The forward half, and leaving weight grad
 
 On a GPU the Triton kernels of train/kernels.py compute this; everywhere else plain torch does, to the same integers:
 for tests and for `eight_bit`'s measure on a CPU, not for speed. Each function is an operator of its own
-(underdrawing::...), so that compiled blocks and fake tensors carry it.
+(underdrawing::...), so that compiled blocks and fake tensors carry it; in compiled blocks rows are rounded by what
+produces them.
 
 Letters: R rows, K input features, N output features, D the features summed over, C those that come out.
 """
@@ -49,6 +50,8 @@ def int8_rows(x: torch.Tensor, column_scale: torch.Tensor | None = None) -> tupl
 
     A row that holds NaN or infinity gets a scale that is not finite, and so does all that is computed from it.
     """
+    if torch.compiler.is_compiling():
+        return _rows(x, column_scale)  # as plain torch, the compiler joins it with what makes x, and does it once
     return torch.ops.underdrawing.int8_rows(x, column_scale)
 
 
@@ -142,12 +145,14 @@ def _check(x: torch.Tensor, weight_int8: torch.Tensor, scale: torch.Tensor) -> N
 # --- in plain torch -------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("underdrawing::int8_rows", "cpu")
-def _rows_on_cpu(x: torch.Tensor, column_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(x: torch.Tensor, column_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     value = x.float() if column_scale is None else x.float() * column_scale.float()
     largest = value.abs().amax(dim=1)
     steps = torch.where(largest > _TINIEST, torch.full_like(largest, 127) / largest, 0.0)  # 127 / x rounds twice
     return torch.round(value * steps[:, None]).to(torch.int8), largest / 127
+
+
+torch.library.impl("underdrawing::int8_rows", "cpu", _rows)
 
 
 @torch.library.impl("underdrawing::int8_matmul", "cpu")

@@ -1,4 +1,5 @@
-"""How fast a step is computed: the options of `train/compile.py`, `train/attention.py` and `train/kernels.py`."""
+"""How fast a step is computed: the options of `train/compile.py`, `train/attention.py` and
+`train/int8_arithmetic.py`."""
 
 from __future__ import annotations
 
@@ -21,5 +22,5 @@ class SpeedOptions:
     is first used; on the CPU torch's own choice. math keeps a number for every pair of tokens: only to compare."""
     arithmetic: Arithmetic = "exact"
     """exact: the int8 base is computed with in the run's precision. int8_backward: gradients pass the base's linears in
-    8-bit arithmetic; int8: activations too. Both are held against exact arithmetic on the run's first batches and
-    refused where they differ too much."""
+    8-bit arithmetic; int8: activations too. On the first batches of each start the gradient is held against the
+    unquantized base's and refused where it differs too much. Not yet tried on FLUX.1-dev's own weights."""
