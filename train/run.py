@@ -2,7 +2,8 @@
 
 runs/NAME/
   config.yaml      every option as it was resolved at the last start: `--recipe` reads it
-  run.json         model, cache fingerprints, condition; of each start the step, versions, git revision, components
+  run.json         model, cache fingerprints, condition; of each start the step, versions, git revision, components,
+                   memory, and how far 8-bit arithmetic was from exact
   metrics.jsonl    one line per step, one per look at the held-out samples
   pictures/        step-00000500.png ...
   tensorboard/
@@ -78,6 +79,12 @@ class Run:
         }
         atomic.write_bytes(self.folder / CONFIG, config.to_yaml(options).encode())
         atomic.write_json(path, {**facts, "starts": [*starts, start]})
+
+    def note(self, facts: dict[str, Any]) -> None:
+        """Add to what `run.json` says of the last start, in the place of what was noted there under the same names."""
+        stated = json.loads((self.folder / RUN).read_text())
+        stated["starts"][-1] |= facts
+        atomic.write_json(self.folder / RUN, stated)
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop the figures of steps that will be run again, since no checkpoint holds what they led to."""

@@ -183,6 +183,11 @@ class CachedSamples:
         return {name: layers[0].summary.recipe for name, (_, layers) in self.layers.items()}
 
     @property
+    def text_length(self) -> int | None:
+        """Tokens that captions were encoded with; None where no layer says."""
+        return next((recipe["text_length"] for recipe in self.recipes.values() if "text_length" in recipe), None)
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each layer, under its name in the cache."""
         return {layer.summary.name: layer.summary.fingerprint for _, layers in self.layers.values() for layer in layers}

@@ -18,9 +18,12 @@ import torch
 from shared.errors import UserError
 from shared.families.base import Batch, Family
 from train.adapters.controlnet import ControlNetAdapter
+from train.compile import eager
+from train.modulation import Modulation
 from train.objectives import Objective
 from train.optimizer import Optimizer
 from train.quantize import refuse_trainable
+from train.transfer import send
 from train.validation import seed_of
 
 if TYPE_CHECKING:
@@ -45,14 +48,16 @@ class Step:
         device: torch.device,
         dtype: torch.dtype,
         condition_draw: bool = True,
-        clip_norm: float = 1.0,
+        modulation: Modulation | None = None,
+        compiled_for: int | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         """`recipes`: layer to recipe, of the cache. `dtype` is that of the computation. `condition_draw`: draw the
-        condition's latents from their posterior. `accelerator`: only where several processes step together."""
+        condition's latents from their posterior. `modulation`: of a base that is hoisted. `compiled_for`: the size of a
+        full batch, where blocks are compiled. `accelerator`: only where several processes step together."""
         self.family, self.adapter, self.objective, self.optimizer = family, adapter, objective, optimizer
         self.recipes, self.seed, self.device, self.dtype = recipes, seed, device, dtype
-        self.condition_draw, self.clip_norm = condition_draw, clip_norm
+        self.condition_draw, self.modulation, self.compiled_for = condition_draw, modulation, compiled_for
         self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
 
     def times(self, position: int, B: int) -> torch.Tensor:
@@ -71,8 +76,10 @@ class Step:
             self.dtype,
         )
         inputs = family.inputs(batch, condition, self.dtype)
-        t = self.times(batch.position, len(batch)).to(self.device, non_blocking=True)
+        t = send(self.times(batch.position, len(batch)), self.device)
         noised = self.objective.noise(x_0, t, generator)  # x_t, t, target, weight
+        if self.modulation is not None:
+            self.modulation.use(batch.position, len(batch))
         prediction = self.adapter.predict(noised.x_t, noised.t, inputs)  # (B, T, C)
         return self.objective.loss(prediction, noised)
 
@@ -83,7 +90,7 @@ class Step:
         total = torch.zeros((), device=self.device)
         losses: list[torch.Tensor] = []
         for i, batch in enumerate(batches):
-            with self._gradients_stay(i == len(batches) - 1):
+            with self._gradients_stay(i == len(batches) - 1), self._compiled(batch):
                 loss = self.loss(batch)  # (B,)
                 share = loss.sum() / batch.step_samples
                 if self.accelerator is None:
@@ -98,15 +105,20 @@ class Step:
         """Step number `step` (the first is 1) at this learning rate. Raises `UserError` naming the samples where the
         loss or the gradient is not finite, before any weight has moved."""
         refuse_trainable(self.adapter.base)
-        self.optimizer.zero_grad()
+        optimizer = self.optimizer
+        measure = optimizer.options.measures(step)
+        optimizer.begin(rate, seed_of(self.seed, step, ROUNDING), measure=measure)
         total, losses = self.backward(batches)
-        norm = self.optimizer.clip(self.clip_norm)
+        norm = optimizer.norm()
         if self.accelerator is not None:
             total = self.accelerator.reduce(total, reduction="sum")
         loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()  # the step's one wait for the device
         self._refuse_non_finite(batches, losses, step, loss_value, norm_value)
-        self.optimizer.step(rate, self._generator(self.device, step, ROUNDING))
-        return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
+        survival = optimizer.finish(norm_value)
+        figures = {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
+        if survival is not None:
+            figures |= {"update_kept": survival.update_kept.item(), "share_updated": survival.share_updated.item()}
+        return figures
 
     def _generator(self, device: torch.device | str, number: int, what: int) -> torch.Generator:
         drawn_on = "cpu" if torch.device(device).type == "meta" else device  # where memory is counted nothing is drawn
@@ -117,6 +129,12 @@ class Step:
         if last or self.accelerator is None:
             return nullcontext()
         return self.accelerator.no_sync(self.adapter.module)
+
+    def _compiled(self, batch: Batch) -> AbstractContextManager[object]:
+        """Batches of another size than the full one come too seldom to be compiled for."""
+        if self.compiled_for is None:
+            return nullcontext()
+        return eager(unless=len(batch) == self.compiled_for)
 
     def _refuse_non_finite(
         self, batches: list[Batch], losses: list[torch.Tensor], step: int, loss: float, norm: float
@@ -134,7 +152,12 @@ class Step:
         guilty = [key for key, value in pairs if not math.isfinite(value)]
         what = f"loss {loss}" if guilty else f"gradient norm {norm}"
         whose = f"of sample(s) {', '.join(guilty)}" if guilty else f"in a step of {', '.join(key for key, _ in pairs)}"
+        stepped = (
+            "what was released had been stepped already, so the last checkpoint is what is whole"
+            if self.optimizer.options.release
+            else "the optimizer did not step"
+        )
         raise UserError(
-            f"step {step}: the {what} is not finite {whose}; the optimizer did not step. The same command "
-            "would come here again: look at these samples, or try a lower optimizer.learning_rate under another NAME"
+            f"step {step}: the {what} is not finite {whose}; {stepped}. The same command would come here again: look "
+            "at these samples, or try a lower optimizer.learning_rate under another NAME"
         )

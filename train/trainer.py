@@ -11,7 +11,8 @@ import importlib.util
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,13 +26,14 @@ from shared import atomic, families
 from shared.cache.reader import Cache
 from shared.config import to_dict
 from shared.errors import EXIT_REFUSED, UserError
-from shared.families.base import Family
+from shared.families.base import Batch, Family
 from shared.model_folder import ModelFolder, resolve
-from shared.report import component, components_table, progress, quiet_libraries, say, warn
-from train import checkpoints
-from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions, parse_depth
-from train.base_store import open_base
+from shared.report import components_table, progress, quiet_libraries, say, warn
+from train import attention, checkpoints, eight_bit, fit, models
+from train.adapters.controlnet import ControlNetOptions, parse_depth
+from train.compile import eager
 from train.config import TrainConfig
+from train.counting import Setting
 from train.loader import Loader
 from train.objectives import FlowMatching, Objective
 from train.optimizer import Optimizer, learning_rate
@@ -65,16 +67,17 @@ def train(options: TrainConfig) -> int:
         "condition": list(conditions),
         "cache": samples.fingerprints,
         "sizes": [list(size) for size in samples.sizes],
-        "text_length": next((r["text_length"] for r in samples.recipes.values() if "text_length" in r), None),
+        "text_length": samples.text_length,
     }
     accelerator = _accelerator(options)
     main = accelerator.is_main_process
     run = Run(Path(options.runs) / options.run_name)
     with ExitStack() as stack:
         before, checkpoint = _begun_before(run, options, facts, accelerator, stack)
+        fitted = decide_fit(options, accelerator, family, model, samples, checkpoint)
         loader = Loader(
             samples,
-            options.loader,
+            fitted.loader,
             seed=options.seed,
             device=accelerator.device,
             rank=accelerator.process_index,
@@ -90,10 +93,11 @@ def train(options: TrainConfig) -> int:
             loader.load_state(checkpoints.state(checkpoint)["loader"])
         if main:
             _warn(options, remark, (samples, held_out), before if loader.step else None)
-        trainer = Trainer(options, accelerator, run, family, model, loader, held_out, checkpoint)
+        trainer = Trainer(options, accelerator, run, family, model, fitted, loader, held_out, checkpoint)
         if main:
-            run.begin(options, facts, loader.step, trainer.components)
-        trainer.run_to_the_end()
+            run.begin(options, facts, loader.step, trainer.models.components)
+        with closing(trainer):
+            trainer.run_to_the_end()
     return 0
 
 
@@ -104,6 +108,13 @@ def _refuse_depth(family: Family, model: ModelFolder, options: TrainConfig) -> N
             f"DEPTH {options.depth} is deeper than the base: {model.name} has "
             f"{deepest[0]}-{deepest[1]} blocks to start from"
         )
+
+
+def _depth(family: Family, options: TrainConfig, checkpoint: Path | None) -> tuple[int, int]:
+    """Of the ControlNet that is trained: as asked for, or as the one has it that is gone on with."""
+    if (start := options.controlnet.start_from) is None:
+        return parse_depth(options.depth)
+    return family.controlnet_depth(start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET))
 
 
 def _accelerator(options: TrainConfig) -> Accelerator:
@@ -138,6 +149,44 @@ def _begun_before(
     if step == refused:
         raise SystemExit(EXIT_REFUSED)
     return before, None if step == nothing else checkpoints.path_of(run.folder, step)
+
+
+def decide_fit(
+    options: TrainConfig,
+    accelerator: Accelerator,
+    family: Family,
+    model: ModelFolder,
+    samples: CachedSamples,
+    checkpoint: Path | None,
+) -> fit.Fit:
+    """Batches, and what is given up for memory: decided by the largest step that will come."""
+    width, height = max(samples.sizes, key=lambda size: size[0] * size[1])
+    dtype, weights = _dtypes(options, accelerator.device)
+    setting = Setting(
+        depth=_depth(family, options, checkpoint),
+        height=height,
+        width=width,
+        text_length=samples.text_length or 0,
+        family=family.name,
+        model=model,
+        base=options.base.weights,
+        dtype=dtype,
+        weights=weights,
+        optimizer=options.optimizer,
+    )
+    fitted = fit.decide(
+        options.memory,
+        options.loader,
+        setting,
+        device=accelerator.device,
+        free_bytes=fit.free_bytes(accelerator),
+        num_processes=accelerator.num_processes,
+        saved=None if checkpoint is None else checkpoints.state(checkpoint)["loader"],
+    )
+    options.optimizer.check_release(fitted.loader.accumulation, accelerator.num_processes)
+    if accelerator.is_main_process and (words := fitted.words()) is not None:
+        say(words)
+    return fitted
 
 
 def _warn(
@@ -202,45 +251,33 @@ class Trainer:
         run: Run,
         family: Family,
         model: ModelFolder,
+        fitted: fit.Fit,
         loader: Loader,
         held_out: CachedSamples,
         checkpoint: Path | None,
     ) -> None:
         """Load the base and the ControlNet. With a `checkpoint`, go back to its state: weights, optimizer; the loader
         is there already."""
-        self.options, self.accelerator, self.run, self.family = options, accelerator, run, family
+        self.options, self.accelerator, self.run, self.family, self.model = options, accelerator, run, family, model
         self.loader, self.samples, self.device = loader, loader.samples, accelerator.device
         self.dtype, weights = _dtypes(options, self.device)
-        if (start := options.controlnet.start_from) is None:
-            controlnet = family.make_controlnet(
-                model, *parse_depth(options.depth), options.controlnet.embedder, weights
-            )
-        else:  # it may since have been moved: a run that goes on has its own copy
-            source = start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET)
-            controlnet = family.load_controlnet(source, weights)
-            family.check_controlnet(controlnet, family.make_base(model), options.controlnet.control_mode)
-        controlnet.to(device=self.device, dtype=weights).train()
-        base = open_base(
-            family,
-            model,
-            options.base,
-            folder=options.base.folder_beside(options.cache, options.remote),
-            device=self.device,
-            dtype=self.dtype,
-            hoist=False,
-        )
-        self.components = [component(f"{family.name} base", base), component("controlnet", controlnet)]
-        self.adapter = ControlNetAdapter(family, base, controlnet, options.controlnet)
-        if options.memory.recompute == "all":
-            self.adapter.enable_checkpointing()
+        self.attention = attention.choose(
+            options.speed.attention, self._attention_shapes(), self.dtype, self.device,
+            options.base.folder_beside(options.cache, options.remote),
+        )  # fmt: skip
+        self.models = models.load(
+            options, family, model,
+            device=self.device, dtype=self.dtype, weights=weights, hoist=fitted.hoist, stream=fitted.stream,
+            num_shapes=len(self.samples.sizes), attention=self.attention, checkpoint=checkpoint,
+        )  # fmt: skip
+        self.adapter, modulation = self.models.adapter, self.models.modulation
         self.optimizer = Optimizer(options.optimizer, dict(self.adapter.named_parameters()))
         if checkpoint is not None:
-            self.adapter.load(checkpoint / checkpoints.CONTROLNET)
             meta = checkpoints.state(checkpoint)["optimizer"]
             self.optimizer.load_state(checkpoints.optimizer_tensors(checkpoint), meta)
         if accelerator.num_processes > 1:
             self.adapter.module = DistributedDataParallel(
-                controlnet,
+                self.adapter.controlnet,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 find_unused_parameters=self.adapter.has_idle_parameters,
             )
@@ -248,23 +285,37 @@ class Trainer:
         self.step = Step(
             family, self.adapter, self.objective, self.optimizer,
             recipes=self.samples.recipes, seed=options.seed, device=self.device, dtype=self.dtype,
-            condition_draw=options.loader.condition_draw, clip_norm=options.optimizer.clip_norm,
-            accelerator=accelerator,
+            condition_draw=options.loader.condition_draw, modulation=modulation,
+            compiled_for=loader.options.batch_size if self.models.compiled else None, accelerator=accelerator,
+        )  # fmt: skip
+        if modulation is not None:
+            modulation.follow(loader, self.step.times, batches=options.memory.hoist_steps)
+        self.guard = fit.Guard(
+            fitted, family, self.adapter, self.optimizer, self.device,
+            num_processes=accelerator.num_processes, is_main=accelerator.is_main_process,
         )  # fmt: skip
         self.validation = None
         if len(held_out) and accelerator.is_main_process:
             self.validation = Validation(
                 held_out, family, model, self.objective, options.validation,
-                seed=options.seed, device=self.device, dtype=self.dtype,
+                seed=options.seed, device=self.device, dtype=self.dtype, modulation=modulation,
             )  # fmt: skip
         self.paints = model.has("vae")
         if accelerator.is_main_process:
-            say(components_table(self.components))
+            say(components_table(self.models.components))
             say(
                 f"{len(self.samples)} samples to train on, {len(held_out)} held out; "
                 f"{loader.batches_per_epoch} batches an epoch; "
-                f"global batch {options.loader.batch_size * loader.batches_per_step}; run {run.folder}"
+                f"global batch {loader.options.batch_size * loader.batches_per_step}; run {run.folder}"
             )
+
+    def _attention_shapes(self) -> list[attention.Shape]:
+        """What attention will be called with in training."""
+        base, length = self.family.make_base(self.model), self.samples.text_length or 0
+        return [
+            attention.Shape(self.loader.options.batch_size, *self.family.attention_shape(base, height, width, length))
+            for width, height in self.samples.sizes
+        ]
 
     def run_to_the_end(self) -> None:
         """Step until the last step, looking at the held-out samples and saving on the way. On Ctrl-C or SIGTERM the
@@ -279,9 +330,10 @@ class Trainer:
                 "tensorboard" if self.options.tracker == "tensorboard" else "underdrawing", config=None
             )
         try:
-            if self.loader.step == 0:
-                self._look(0)
-            waited = self._steps()
+            with attention.use(self.attention):
+                if self.loader.step == 0:
+                    self._look(0)
+                waited = self._steps()
         finally:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
@@ -290,6 +342,11 @@ class Trainer:
                 f"{done} step {self.loader.step}: {self.run.folder / checkpoints.CONTROLNET}; "
                 f"{waited:.1%} of the time went into waiting for data"
             )
+
+    def close(self) -> None:
+        """Let go of what goes on in the background."""
+        if self.models.modulation is not None:
+            self.models.modulation.close()
 
     def _steps(self) -> float:
         """Step until the last one; the share of the time that went into waiting for data comes back. It begins with
@@ -304,7 +361,10 @@ class Trainer:
             for batches in steps:
                 step = self.loader.step  # counts from 1: this step's number
                 began = time.perf_counter()
-                figures = self.step(batches, step, learning_rate(options.optimizer, step - 1, options.steps))
+                if step == first and options.speed.arithmetic != "exact":
+                    self._hold_to_exact(batches)
+                rate = learning_rate(options.optimizer, step - 1, options.steps)
+                figures = self.guard(batches, partial(self.step, batches, step, rate))
                 figures["data_wait_seconds"] = self.loader.waited_seconds
                 figures["step_seconds"] = time.perf_counter() - began
                 if step > first:
@@ -326,8 +386,18 @@ class Trainer:
                 del batches  # their memory serves for the next ones
         return share
 
+    def _hold_to_exact(self, batches: list[Batch]) -> None:
+        """Refuse 8-bit arithmetic that turns these batches' gradients too far."""
+        recomputed = self.guard.recompute.base_blocks, self.guard.recompute.controlnet_blocks
+        reference = eight_bit.unquantized(self.family, self.model)
+        measured = eight_bit.gate(self.step, batches, reference=reference, recomputed=recomputed)
+        if self.accelerator.is_main_process:
+            say(measured.sentence())
+            self.run.note({"arithmetic": measured.figures()})
+
     def _look(self, step: int) -> None:
-        """Held-out losses and pictures when they are due, on the main process; the others wait."""
+        """Held-out losses and pictures when they are due, on the main process; the others wait. Nothing is compiled for
+        them: they come too seldom."""
         options, last = self.options.validation, step >= self.options.steps
         losses = options.every and (step % options.every == 0 or last)
         pictures = self.paints and options.pictures_every and step and (step % options.pictures_every == 0 or last)
@@ -335,7 +405,8 @@ class Trainer:
             return
         if self.validation is not None:
             if losses:
-                figures = self.validation.held_out(self.adapter)
+                with self._eager():
+                    figures = fit.look(self.validation, partial(self.validation.held_out, self.adapter))
                 self.run.log(step, {"held_out": figures})
                 self._track(flatten(figures, "held_out"), step)
                 gap = (
@@ -348,13 +419,17 @@ class Trainer:
                     f"{figures['loss_without_control']:.4f}{gap}"
                 )
             if pictures:
-                picture = self.validation.pictures(self.adapter)
+                with self._eager():
+                    picture = fit.look(self.validation, partial(self.validation.pictures, self.adapter))
                 path = self.run.save_picture(step, picture)
                 for tracker in self.accelerator.trackers:
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({"held_out": picture[None]}, step=step, **layout)
                 say(f"step {step}: pictures in {path}")
         self.accelerator.wait_for_everyone()
+
+    def _eager(self) -> AbstractContextManager[object]:
+        return eager() if self.models.compiled else nullcontext()
 
     def _track(self, figures: dict[str, Any], step: int) -> None:
         if self.options.tracker != "none":
@@ -363,6 +438,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self.accelerator.is_main_process:
             self.run.sync_metrics()
+            self.run.note({"memory": self.guard.figures()})
             tensors, meta = self.optimizer.state()
             state = {"optimizer": meta, "loader": self.loader.state(), "options": to_dict(self.options)}
             checkpoints.save(self.run.folder, step, self.adapter.save, tensors, state, self.options.checkpoint.keep)

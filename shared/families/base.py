@@ -255,6 +255,11 @@ class Family(ABC):
         """An existing ControlNet from a folder or a hub id."""
 
     @abstractmethod
+    def controlnet_depth(self, source: str) -> tuple[int, int]:
+        """(num_layers, num_single_layers) of an existing ControlNet in a folder or under a hub id, from its
+        configuration. Raises `UserError`."""
+
+    @abstractmethod
     def check_controlnet(self, controlnet: torch.nn.Module, base: torch.nn.Module, control_mode: int | None) -> None:
         """Refuse (`UserError`) an existing ControlNet that does not fit the base."""
 

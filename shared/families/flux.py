@@ -8,6 +8,7 @@ channels of a token, L text tokens.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -291,11 +292,15 @@ class Flux(Family):
     def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:
         from diffusers import FluxControlNetModel
 
-        path = Path(source).expanduser()
-        folder = path if path.is_dir() else resolve_controlnet(source)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no ControlNet: config.json is missing")
-        return _tabled(FluxControlNetModel.from_pretrained(folder, dtype=dtype))
+        return _tabled(FluxControlNetModel.from_pretrained(_controlnet_folder(source), dtype=dtype))
+
+    def controlnet_depth(self, source: str) -> tuple[int, int]:
+        path = _controlnet_folder(source) / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            return config["num_layers"], config["num_single_layers"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} is not the configuration of a FLUX ControlNet ({error!r})") from error
 
     def check_controlnet(self, controlnet: torch.nn.Module, base: torch.nn.Module, control_mode: int | None) -> None:
         for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "num_attention_heads"):
@@ -586,6 +591,14 @@ def decoder_sha256(model: ModelFolder) -> str:
 def resolve_controlnet(source: str) -> Path:
     """A ControlNet's folder from a hub id (its files lie at the top of the repository)."""
     return resolve(source, components=(), extra=("*.json", "*.safetensors")).path
+
+
+def _controlnet_folder(source: str) -> Path:
+    path = Path(source).expanduser()
+    folder = path if path.is_dir() else resolve_controlnet(source)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no ControlNet: config.json is missing")
+    return folder
 
 
 def _loaded(kind: Any, model: ModelFolder, component: str, dtype: torch.dtype) -> Any:

@@ -25,7 +25,7 @@ from train.loader import Loader, LoaderOptions
 from train.optimizer import OptimizerOptions
 from train.run import Run
 from train.samples import CachedSamples
-from train.trainer import Trainer
+from train.trainer import Trainer, decide_fit
 from train.validation import ValidationOptions
 
 PRELOADED = (
@@ -114,7 +114,8 @@ def trainer_of(options: TrainConfig) -> Trainer:
     cache = Cache(Path(options.cache))
     samples, held_out = (CachedSamples(cache, flux(), "canny", split) for split in ("train", "validation"))
     accelerator = Accelerator(cpu=True)
-    loader = Loader(samples, options.loader, seed=options.seed, device=accelerator.device)
     model = resolve(options.model or cache.manifest["model"]["name"], components=())
+    fitted = decide_fit(options, accelerator, flux(), model, samples, None)
+    loader = Loader(samples, fitted.loader, seed=options.seed, device=accelerator.device)
     run = Run(Path(options.runs) / options.run_name)
-    return Trainer(options, accelerator, run, flux(), model, loader, held_out, None)
+    return Trainer(options, accelerator, run, flux(), model, fitted, loader, held_out, None)

@@ -1,0 +1,83 @@
+"""What is in memory while training: the frozen base and the ControlNet, arranged for the card that they are on.
+
+The order matters: the base is opened quantized and hoisted, then its blocks are compiled, then streamed; which blocks
+recompute their activations (`train.recompute`) can change between steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shared.families.base import Family
+from shared.model_folder import ModelFolder
+from shared.report import Component, component
+from train import checkpoints, compile, eight_bit, streaming
+from train.adapters.controlnet import ControlNetAdapter, parse_depth
+from train.base_store import open_base
+from train.config import TrainConfig
+from train.modulation import LinearsOnDisk, Modulation
+
+COMPILED = "compiled"
+"""In the folder of quantized bases: what was compiled, for the next start."""
+
+
+@dataclass
+class Models:
+    """The models of one run, on their device."""
+
+    adapter: ControlNetAdapter
+    modulation: Modulation | None
+    """Where the base's is kept off the device."""
+    stream: streaming.Stream | None
+    """Where the base's blocks are."""
+    compiled: bool
+    components: list[Component]
+
+
+def load(
+    options: TrainConfig,
+    family: Family,
+    model: ModelFolder,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    hoist: bool,
+    stream: bool,
+    num_shapes: int,
+    attention: str,
+    checkpoint: Path | None,
+) -> Models:
+    """The ControlNet with weights of dtype `weights`, of the last `checkpoint` or new, and the base, computed in
+    `dtype`; hoisted or streamed as `train.fit` has decided. `num_shapes`: how many shapes full batches will have.
+    `attention`: the kernel that it will be computed with, by `train.attention`'s name for it.
+    Raises `UserError`."""
+    if (start := options.controlnet.start_from) is None:
+        controlnet = family.make_controlnet(model, *parse_depth(options.depth), options.controlnet.embedder, weights)
+    else:  # it may since have been moved: a run that goes on has its own copy
+        source = start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET)
+        controlnet = family.load_controlnet(source, weights)
+        family.check_controlnet(controlnet, family.make_base(model), options.controlnet.control_mode)
+    controlnet.to(device=device, dtype=weights).train()
+    folder = options.base.folder_beside(options.cache, options.remote)
+    base = open_base(family, model, options.base, folder=folder, device=device, dtype=dtype, hoist=hoist)
+    components = [component(f"{family.name} base", base), component("controlnet", controlnet)]
+    eight_bit.use(base, options.speed.arithmetic, device)
+    modulation = None
+    if hoist:
+        linears = LinearsOnDisk(model, family.base_component)
+        modulation = Modulation(
+            family, base, linears, guidance=options.controlnet.guidance, device=device, dtype=dtype
+        )
+    compiled = compile.wanted(options.speed, device)
+    if compiled:
+        compile.keep_in(folder / COMPILED, attention)
+        compile.compile_blocks([*family.blocks(base), *family.blocks(controlnet)], num_shapes=num_shapes)
+    streamed = streaming.stream(family, base, device) if stream else None
+    adapter = ControlNetAdapter(family, base, controlnet, options.controlnet)
+    if checkpoint is not None:
+        adapter.load(checkpoint / checkpoints.CONTROLNET)
+    return Models(adapter, modulation, streamed, compiled, components)
