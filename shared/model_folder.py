@@ -106,11 +106,16 @@ def _open(file: Path) -> Any:
         raise UserError(f"{file} cannot be read ({error}); download the model again") from error
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file. A file of the hub's local cache already carries it as its name."""
+def stated_sha256(path: Path) -> str | None:
+    """SHA-256 of a file of the hub's local cache, which carries it as its name; None of any other."""
     real = path.resolve()
-    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
-        return real.name
+    return real.name if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name) else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read only where its name does not tell it."""
+    if (stated := stated_sha256(path)) is not None:
+        return stated
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

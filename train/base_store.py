@@ -32,7 +32,7 @@ from shared import atomic
 from shared.cache.schema import checksum, file_checksum
 from shared.errors import UserError
 from shared.families.base import Family, Tensors
-from shared.model_folder import ModelFolder, file_sha256
+from shared.model_folder import ModelFolder, file_sha256, stated_sha256
 from shared.report import progress, say, versions, warn
 from train.frozen_linear import quantized
 from train.modulation import hoist as hoist_modulation
@@ -255,6 +255,8 @@ def remembered_sha256(memo: Path) -> Callable[[Path], str]:
     processes one reads, the others wait; where the memo may not be written each reads for itself."""
 
     def digest(path: Path) -> str:
+        if (stated := stated_sha256(path)) is not None:
+            return stated
         state = path.stat()
         key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns, state.st_ino]
 

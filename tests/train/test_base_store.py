@@ -142,6 +142,19 @@ def test_a_model_changed_in_its_place_is_another_base(tiny_model: Path, tmp_path
     assert torch.equal(second.get_parameter(bias), first.get_parameter(bias) + 1)
 
 
+def test_files_of_the_hub_s_cache_are_known_by_their_names_and_not_read(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copied(tiny_model, tmp_path / "snapshot")
+    [file] = (model / "transformer").glob("*.safetensors")
+    (tmp_path / "blobs").mkdir()
+    file.rename(tmp_path / "blobs" / ("a" * 64))
+    file.symlink_to(tmp_path / "blobs" / ("a" * 64))
+    monkeypatch.setattr(base_store, "file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    assert base_store.remembered_sha256(tmp_path / DIGESTS)(file) == "a" * 64
+    assert not (tmp_path / DIGESTS).exists()
+
+
 # --- what comes between ---------------------------------------------------------------------------------------------
 
 
