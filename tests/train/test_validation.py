@@ -24,6 +24,7 @@ from shared.pictures import _GAP, _HEAD
 from tests.conftest import preprocess_options, write_data
 from tests.train.conftest import content, flux, metrics, samples_of, train_options, trainer_of
 from train.adapters.controlnet import ControlNetAdapter
+from train.fit import look
 from train.trainer import Trainer, train
 from train.validation import ValidationOptions, fixed_noise, seed_of, standard_error
 
@@ -93,6 +94,39 @@ def test_the_figures_do_not_depend_on_the_batch_size_but_for_rounding(half_held_
     assert by_size[0].keys() == by_size[1].keys()
     for name, value in by_size[0].items():
         assert by_size[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("hoist", ["yes", "no"])
+def test_a_look_that_runs_out_of_memory_is_taken_again_with_fewer_samples_at_a_time(
+    hoist: str, half_held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, four = (
+        learned(made(half_held_out, tmp_path, memory={"hoist": hoist}, validation={"batch_size": size}))
+        for size in (1, 4)
+    )
+    expected, validation = figures_of(alone), four.validation
+    assert alone.validation is not None
+    assert validation is not None
+    pictures = alone.validation.pictures(alone.adapter)
+    fits, predict = 3, ControlNetAdapter.predict
+
+    def predicted(self: ControlNetAdapter, x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(x_t) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return predict(self, x_t, *rest)
+
+    monkeypatch.setattr(ControlNetAdapter, "predict", predicted)
+    assert look(validation, lambda: validation.held_out(four.adapter)).keys() == expected.keys()
+    assert validation.batch_size == 2
+    fits = 1
+    found = look(validation, lambda: validation.held_out(four.adapter))
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert validation.batch_size == 1
+    assert np.array_equal(look(validation, lambda: validation.pictures(four.adapter)), pictures)
+    assert capsys.readouterr().err.count("memory ran out while looking at held-out samples") == 2
+    fits = 0
+    with pytest.raises(UserError, match=r"while looking at one held-out sample: set a smaller memory\.budget"):
+        look(validation, lambda: validation.held_out(four.adapter))
 
 
 def test_the_losses_are_the_objective_s_on_the_fixed_grid(half_held_out: Path, tmp_path: Path) -> None:
