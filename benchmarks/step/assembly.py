@@ -165,9 +165,12 @@ class Assembled:
 def assemble(cell: Cell, size: Size, device: torch.device, dtype: torch.dtype) -> Assembled:
     """Make the models of a cell's way, with its memory cap in force from here on."""
     way, family, options = WAYS[cell.way], families.get("flux"), ControlNetOptions()
-    made = make_base(size, device, dtype, way.base, way.hoist)
+    plain = way.optimizer != "ours"
+    made = make_base(size, device, dtype, way.base, hoist=way.hoist, plain=plain)
     base = made.module
-    controlnet = make_controlnet(size, cell.depths, device, torch.float32 if way.controlnet == "fp32" else dtype)
+    controlnet = make_controlnet(
+        size, cell.depths, device, torch.float32 if way.controlnet == "fp32" else dtype, plain=plain
+    )
     encoders = Encoders(size, device, dtype) if way.encoders else None
     if way.arithmetic != "exact":
         eight_bit.use(base, way.arithmetic, device)

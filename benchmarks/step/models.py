@@ -8,15 +8,20 @@ from its own name, so that every way of holding the base holds the same base.
 
 from __future__ import annotations
 
+import json
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.step.sizes import Size
 from shared import families
+from shared.model_folder import ModelFolder
 from train import modulation
 from train.quantize import Weights, frozen, quantize_block
 
@@ -33,13 +38,12 @@ class Base:
 
 
 def make_base(
-    size: Size, device: torch.device, dtype: torch.dtype, weights: Weights = "none", hoist: bool = False
-) -> Base:
+    size: Size, device: torch.device, dtype: torch.dtype, weights: Weights = "none", *, hoist: bool = False,
+    plain: bool = False,
+) -> Base:  # fmt: skip
     """The base on the device, held as `weights` says (train/quantize.py), one block after the other: the device never
-    has the whole of it unquantized."""
-    from diffusers import FluxTransformer2DModel
-
-    base = _on_meta(lambda: FluxTransformer2DModel(**size.config()), dtype)
+    has the whole of it unquantized. `plain`: the library's own model, without what this project's families change."""
+    base = empty_base(size, dtype, plain=plain)
     taken = modulation.hoist(families.get("flux"), base) if hoist else {}
     for name, part in _parts(base):
         _materialise(part, name, device)
@@ -51,15 +55,41 @@ def make_base(
     return Base(frozen(base), taken)
 
 
-def make_controlnet(size: Size, depth: tuple[int, int], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def make_controlnet(
+    size: Size, depth: tuple[int, int], device: torch.device, dtype: torch.dtype, *, plain: bool = False
+) -> torch.nn.Module:
     """A ControlNet whose outputs are not zero, as after some training."""
     from diffusers import FluxControlNetModel
 
-    config = {**size.config(), "num_layers": depth[0], "num_single_layers": depth[1]}
-    controlnet = _on_meta(lambda: FluxControlNetModel(**config), dtype)
+    if plain:
+        config = {**size.config(), "num_layers": depth[0], "num_single_layers": depth[1]}
+        controlnet = _on_meta(lambda: FluxControlNetModel(**config), dtype)
+    else:
+        with _configured(size) as model:
+            controlnet = families.get("flux").make_empty_controlnet(*depth, model).to(dtype)
     for name, part in _parts(controlnet):
         _materialise(part, f"controlnet.{name}", device)
-    return controlnet.train()
+    return controlnet.requires_grad_(True).train()
+
+
+def empty_base(size: Size, dtype: torch.dtype, *, plain: bool = False) -> torch.nn.Module:
+    """The base without memory."""
+    from diffusers import FluxTransformer2DModel
+
+    if plain:
+        return _on_meta(lambda: FluxTransformer2DModel(**size.config()), dtype)
+    with _configured(size) as model:
+        return families.get("flux").make_base(model).to(dtype)
+
+
+@contextmanager
+def _configured(size: Size) -> Iterator[ModelFolder]:
+    """A model of which there is the configuration alone."""
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
+        component = Path(folder, "transformer")
+        component.mkdir()
+        (component / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **size.config()}))
+        yield ModelFolder(size.name, None, Path(folder))
 
 
 def _parts(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

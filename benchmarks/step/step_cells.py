@@ -235,7 +235,7 @@ def _split(made: Assembled, batch: int, count: int = 5) -> dict[str, float]:
 
 def _forward(cell: Cell, size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The base's forward, unquantized, compiled, without gradients: what a step is measured in."""
-    family, base = families.get("flux"), make_base(size, device, dtype).module
+    family, base = families.get("flux"), make_base(size, device, dtype, plain=True).module
     compile_blocks(family.blocks(base), num_shapes=1, backend="inductor" if device.type == "cuda" else "aot_eager")
     cap_memory(None, device)
     batch = make_batch(size, cell.batch, cell.resolution, cell.text_length, device, dtype, 0, cell.batch)

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.step import __main__ as command
 from benchmarks.step import assembly, ceilings, models, planned, slices, step_cells, tables, ways
 from benchmarks.step.cells import A100_40GB, LARGEST, Cell, plan, tiny_plan
 from benchmarks.step.data import RECIPES, make_batch
@@ -79,6 +79,14 @@ def test_recomputing_every_block_does_its_forward_twice() -> None:
 
 
 # Models and data
+
+
+def test_the_full_size_is_that_of_the_default_model() -> None:
+    theirs = families.get("flux").make_base()
+    mine = models.empty_base(FULL, torch.bfloat16)
+    shapes = [{name: p.shape for name, p in module.named_parameters()} for module in (mine, theirs)]
+    assert shapes[0] == shapes[1]
+    assert sum(p.numel() for p in mine.parameters()) == 11_901_408_320
 
 
 def test_no_weight_is_zero_and_every_gate_is_open() -> None:
@@ -460,14 +468,15 @@ def test_the_tables_show_shares_of_both_rates_slopes_and_what_has_no_result(tmp_
     assert shown.splitlines()[-1] == f"bench cells={len(plan())} done=4 left={len(plan()) - 4}"
 
 
-def test_the_command_refuses_the_full_size_without_a_gpu_and_unknown_words(tmp_path: Path) -> None:
-    def refused(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.step", "--results", str(tmp_path / "r.jsonl"), *words],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2, done.stderr
-        return done.stderr
+def test_the_command_refuses_the_full_size_without_a_gpu_and_unknown_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["step", "--results", str(tmp_path / "r.jsonl"), *words])
+        return command.main()
 
-    assert "there is none: --tiny shows that it runs" in refused("--device", "cpu")
-    assert "--only quannto: did you mean 'quanto'?" in refused("--only", "quannto")
+    with pytest.raises(UserError, match="there is none: --tiny shows that it runs"):
+        run("--device", "cpu")
+    with pytest.raises(UserError, match="--only quannto: did you mean 'quanto'?"):
+        run("--only", "quannto")
+    assert run("--table") == 0  # needs no GPU
