@@ -37,6 +37,7 @@ from train.budget import ALL
 from train.frozen_linear import Arithmetic, FrozenInt8Linear
 from train.modulation import Linears, LinearsOnDisk
 from train.step import Step
+from train.streaming import StreamedBlock
 
 MOST_ERROR = 0.02
 """Of the whole gradient, relative: |tested - reference| / |reference|. At FLUX's width, over six blocks of random
@@ -157,7 +158,7 @@ def gate(
     Raises `UserError` naming both figures where the gradient is not within `MOST_ERROR` and `LEAST_COSINE`.
     """
     adapter = step.adapter
-    layers = frozen_linear.linears(adapter.base)
+    layers = _named_as_in_the_model(adapter.base)
     [arithmetic] = {layer.arithmetic for layer in layers.values()}
     assert arithmetic != "exact", "exact arithmetic needs no measure"
     # The wrapper for several processes would wait for gradients that are never accumulated.
@@ -262,6 +263,18 @@ def _cosine(dot: float, reference: float, tested: float) -> float:
 
 
 # --- the unquantized base, layer by layer ---------------------------------------------------------------------------
+
+
+def _named_as_in_the_model(base: torch.nn.Module) -> dict[str, FrozenInt8Linear]:
+    """The int8 layers by the names that their weights have in the model's files: a streamed block is in a wrapper."""
+    wrappers = [f"{name}." for name, module in base.named_modules() if isinstance(module, StreamedBlock)]
+    named = {}
+    for name, layer in frozen_linear.linears(base).items():
+        for wrapper in wrappers:
+            if name.startswith(wrapper):
+                name = wrapper + name.removeprefix(wrapper).removeprefix("block.")
+        named[name] = layer
+    return named
 
 
 @contextmanager

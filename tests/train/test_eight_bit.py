@@ -15,7 +15,7 @@ from shared.families.base import Batch
 from shared.model_folder import ModelFolder, resolve
 from tests.train.conftest import flux
 from tests.train.made_models import NUM_BLOCKS, adapter_of, batch_of, gradients
-from train import eight_bit, recompute
+from train import eight_bit, recompute, streaming
 from train.adapters.controlnet import ControlNetAdapter
 from train.eight_bit import LEAST_COSINE, MOST_ERROR, Fidelity
 from train.frozen_linear import Arithmetic, linears
@@ -220,6 +220,13 @@ def test_compiled_blocks_run_uncompiled_in_the_gate_and_compiled_again_afterward
     with torch.no_grad():
         step.loss(batches()[0])
     assert compiled
+
+
+def test_a_streamed_base_is_measured_as_one_in_place() -> None:
+    adapter, streamed = adapter_of(), adapter_of()
+    streaming.stream(flux(), streamed.base, CPU)
+    found = [eight_bit.gate(step_of(each), batches(), reference=floats()) for each in (adapter, streamed)]
+    assert found[0] == found[1]
 
 
 class TwoAlike:
