@@ -477,6 +477,6 @@ def test_the_command_refuses_the_full_size_without_a_gpu_and_unknown_words(
 
     with pytest.raises(UserError, match="there is none: --tiny shows that it runs"):
         run("--device", "cpu")
-    with pytest.raises(UserError, match="--only quannto: did you mean 'quanto'?"):
+    with pytest.raises(UserError, match=r"--only quannto: did you mean 'quanto'\?"):
         run("--only", "quannto")
     assert run("--table") == 0  # needs no GPU
