@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +16,16 @@ from torch._dynamo import lookup_backend
 
 from shared import families
 from shared.errors import UserError
-from shared.families.base import Inputs
+from shared.families.base import Batch, Inputs
 from shared.model_folder import resolve
+from tests.train.conftest import metrics, train_options
 from train import compile, recompute, streaming
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions
 from train.compile import compile_blocks, eager, keep_in, missing_tool, wanted
 from train.frozen_linear import FrozenInt8Linear
 from train.modulation import HoistedLinear, hoist
 from train.speed import SpeedOptions
+from train.trainer import train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FLUX = families.get("flux")
@@ -41,14 +44,14 @@ def _nothing_compiled() -> Iterator[None]:
 
 @dataclass
 class Counting:
-    """Compiles down to autograd's own operations, whose kernels are the eager ones, and counts the graphs."""
+    """Counts the graphs that it is given, and has them run as they are, or compiled down to autograd's operations."""
 
+    backend: str = "eager"
     graphs: int = 0
-    compiler: Callable[..., Any] = field(default_factory=lambda: lookup_backend("aot_eager"))
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         self.graphs += 1
-        return self.compiler(graph, inputs)
+        return lookup_backend(self.backend)(graph, inputs)
 
 
 def adapter_of(model: Path, *, int8: bool = False) -> ControlNetAdapter:
@@ -76,8 +79,6 @@ def inputs_of(B: int, height: int = 64, width: int = 64, seed: int = 0) -> tuple
     T = height * width // 256
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     x_t, condition, prompt_embeds, pooled = draw(B, T, 64), draw(B, T, 64), draw(B, 8, 32), draw(B, 24)
-    from shared.families.base import Batch
-
     batch = Batch([""] * B, height, width, {"t5.prompt_embeds": prompt_embeds, "clip.pooled_prompt_embeds": pooled})
     return x_t, torch.rand(B, generator=generator), FLUX.inputs(batch, condition, torch.float32)
 
@@ -124,7 +125,7 @@ def test_compiled_blocks_compute_what_they_computed(tiny_model: Path, everything
     for batch in batches:
         set_rows(batch)
         expected.append(gradients(adapter, batch))
-    counting = Counting()
+    counting = Counting("aot_eager")
     compile_blocks(all_blocks(adapter), num_shapes=1, backend=counting)
     if everything:
         streaming.stream(FLUX, adapter.base, CPU)
@@ -135,6 +136,25 @@ def test_compiled_blocks_compute_what_they_computed(tiny_model: Path, everything
         assert_equal_to_rounding(gradients(adapter, batch), before)
         graphs.append(counting.graphs)
     assert graphs[0] == graphs[1] > 0, "other numbers of the same shape compile nothing anew"
+
+
+def test_a_compiled_run_is_the_eager_one(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command's own options on: losses, held-out losses, pictures. Only full batches are compiled for."""
+    counting = Counting()
+    monkeypatch.setattr(compile, "compile_blocks", partial(compile_blocks, backend=counting))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    looks = {"every": 3, "pictures_every": 6}
+    bases = {"folder": str(tmp_path / "bases")}
+    for name, compiled in (("eager", "no"), ("compiled", "yes")):
+        speed = {"compile": compiled, "attention": "math"}
+        options = train_options(tiny_cache, tmp_path, name=name, base=bases, speed=speed, validation=looks)
+        assert train(options) == 0
+    assert 0 < counting.graphs <= 2 * 7, "two shapes"
+    found, expected = ([line for line in metrics(tmp_path / name) if "loss" in line] for name in ("compiled", "eager"))
+    assert len(found) == len(expected) == 6
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert (tmp_path / "compiled" / "pictures").is_dir()
 
 
 def test_a_kind_of_block_is_compiled_once_however_many_there_are(tiny_model: Path) -> None:
@@ -150,12 +170,11 @@ def test_a_kind_of_block_is_compiled_once_however_many_there_are(tiny_model: Pat
     assert counting.graphs <= 7 < len(all_blocks(adapter))
 
 
-def test_many_shapes_are_compiled_and_none_is_refused(tiny_model: Path) -> None:
-    adapter, counting = adapter_of(tiny_model), Counting()
-    block = FLUX.blocks(adapter.base)[-1]
+def test_many_shapes_are_compiled_and_none_is_refused() -> None:
+    block, counting = torch.nn.Linear(3, 3), Counting()
     compile_blocks([block], num_shapes=3, backend=counting)
     for tokens in range(8, 8 + 10):  # more than torch's own limit
-        block(torch.randn(1, tokens, 32), torch.randn(1, 3, 32), torch.randn(1, 32))
+        block(torch.randn(1, tokens, 3))
     assert counting.graphs == 10
 
 
@@ -205,19 +224,16 @@ def test_a_compiled_block_keeps_no_dequantized_weight(tiny_model: Path) -> None:
 
 
 @pytest.mark.skipif(missing_tool(CPU) is not None, reason=f"cannot compile here: {missing_tool(CPU)}")
-def test_what_was_compiled_is_kept_for_the_next_start(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_compiled_is_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the compiler that training uses: generated code, kept in the folder, taken from there."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     keep_in(tmp_path / "compiled")
-    adapter = adapter_of(tiny_model, int8=True)
-    block = FLUX.blocks(adapter.base)[-1]
+    block = torch.nn.Sequential(FrozenInt8Linear.from_float(torch.nn.Linear(32, 48)), torch.nn.GELU())
     rows = torch.randn(1, 50, 32)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         x = rows.clone().requires_grad_()
-        _, y = block(x, torch.ones(1, 3, 32), torch.ones(1, 32))
+        y = block(x)
         y.square().sum().backward()
         assert x.grad is not None
         return y.detach(), x.grad
@@ -228,7 +244,7 @@ def test_what_was_compiled_is_kept_for_the_next_start(
     for _ in range(2):
         for found, before in zip(run(), expected, strict=True):
             assert (found - before).norm() <= 2e-6 * before.norm()
-        kept.append({path for path in (tmp_path / "compiled").rglob("*.so")})
+        kept.append({*(tmp_path / "compiled").rglob("*.so")})
         torch.compiler.reset()
     assert kept[0] == kept[1] != set()
 
