@@ -19,6 +19,7 @@ from shared.errors import run_command_line
 from tests.train.conftest import controlnet_tensors, losses, metrics, samples_of, train_options
 from train import checkpoints
 from train.config import TrainConfig
+from train.step import Step
 from train.trainer import Trainer, train
 
 
@@ -29,18 +30,18 @@ def train_as(rank: int, port: int, options: TrainConfig, folder: Path, poisoned:
         MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
     )  # fmt: skip
     sys.stderr = (folder / f"stderr-{rank}").open("w", buffering=1)
-    end, loss = Trainer.run_to_the_end, Trainer.loss
+    end, loss = Trainer.run_to_the_end, Step.loss
 
     def run_to_the_end(self: Trainer) -> None:
         end(self)
         self.adapter.save(folder / f"rank-{rank}")
 
-    def poisoned_loss(self: Trainer, batch: Any) -> torch.Tensor:
+    def poisoned_loss(self: Step, batch: Any) -> torch.Tensor:
         factors = [float("nan") if key == poisoned else 1.0 for key in batch.keys]
         return loss(self, batch) * torch.tensor(factors)
 
     Trainer.run_to_the_end = run_to_the_end  # type: ignore[method-assign]
-    Trainer.loss = poisoned_loss  # type: ignore[method-assign]
+    Step.loss = poisoned_loss  # type: ignore[method-assign]
     run_command_line(lambda: train(options))
 
 
