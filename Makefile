@@ -24,7 +24,7 @@
 #   DATA                a folder; "tars/{00000..00099}.tar"; *.parquet; a data set saved to disk  (preprocess status repair)
 #   MODEL=black-forest-labs/FLUX.1-dev  CONDITION=lineart  RESOLUTION=512                   (preprocess status)
 #   GPUS=0,1,2,3        a process on each        ENGINE=ray  on a Ray cluster               (preprocess)
-#   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1                                      (train)
+#   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1  MEMORY=40GB  GLOBAL_BATCH=8          (train)
 #   DEPTH=all  RESOLUTION=512  TEXT_LENGTH=512  BATCH=1  GPU=a100|h200|4090  MEMORY=40GB  SAMPLES=10000  (plan)
 #   RECIPE=some.yaml    options from a file             ARGS="--option value ..."  any option of the command
 #   every option: python -m preprocess --help, python -m train --help, python -m train.sample --help
@@ -75,7 +75,8 @@ preprocess: $(INSTALLED)
 train: $(INSTALLED)
 	@$(if $(filter-out 1,$(or $(GPUS),1)),$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m,$(RUN_PYTHON) -m) train \
 		$(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,NAME,name) $(call option,MODEL,model) \
-		$(call several,CONDITION,condition) $(call option,STEPS,steps) $(ARGS)
+		$(call several,CONDITION,condition) $(call option,STEPS,steps) $(call option,MEMORY,memory.budget) \
+		$(call option,GLOBAL_BATCH,loader.global-batch) $(ARGS)
 
 sample: $(INSTALLED)
 	@$(if $(and $(RUN),$(IMAGE),$(PROMPT)),,echo 'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="..."' >&2; exit 2)
