@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from shared.errors import UserError
 from shared.families.base import Batch
 from shared.model_folder import ModelFolder, resolve
-from tests.train.conftest import flux
+from tests.train.conftest import flux, losses, train_options
 from tests.train.made_models import NUM_BLOCKS, adapter_of, batch_of, gradients
 from train import eight_bit, recompute, streaming
 from train.adapters.controlnet import ControlNetAdapter
@@ -23,6 +24,7 @@ from train.modulation import Linears, LinearsInMemory
 from train.objectives import FlowMatching, ObjectiveOptions
 from train.optimizer import Optimizer, OptimizerOptions
 from train.step import Step
+from train.trainer import train
 
 CPU = torch.device("cpu")
 LATENTS = {"shift": 0.1, "scale": 0.4}
@@ -274,3 +276,18 @@ def test_the_model_s_own_weights_are_the_reference_where_its_files_are_at_hand(
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text("{}")
     assert eight_bit.unquantized(flux(), ModelFolder("configuration alone", None, tmp_path)) is None
+
+
+@pytest.mark.parametrize("memory", [{}, {"hoist": "yes", "stream": "yes", "recompute": "1"}], ids=["plain", "lean"])
+def test_a_run_is_measured_at_each_start_and_what_was_found_is_noted(
+    memory: dict[str, str], tiny_cache: Path, tmp_path: Path
+) -> None:
+    options = train_options(tiny_cache, tmp_path, steps=1, speed={"arithmetic": "int8"}, memory=memory)
+    for steps in (1, 2):
+        assert train(dataclasses.replace(options, steps=steps)) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    for start in run["starts"]:
+        assert start["arithmetic"]["reference"] == "the unquantized base"
+        assert 0 < start["arithmetic"]["fidelity"]["relative_error"] < MOST_ERROR
+    assert len(run["starts"]) == 2
+    assert len(losses(tmp_path / "run")) == 2
