@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -29,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared import atomic
 from shared.errors import UserError
-from shared.report import say
+from shared.report import say, warn
 from train.speed import Attention
 
 KERNELS = {
@@ -91,7 +92,11 @@ def _fastest(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, 
     candidates = [name for name in KERNELS if name != "math"]
     distinct = sorted({*shapes})
     if new := [shape for shape in distinct if here.get(str(shape), {}).keys() != {*candidates}]:
-        here |= {str(shape): measure(candidates, shape, dtype, device) for shape in new}
+        try:
+            here |= {str(shape): measure(candidates, shape, dtype, device) for shape in new}
+        except torch.OutOfMemoryError:  # says nothing of the kernels, so nothing is noted
+            warn("which attention kernel is fastest was not measured, for want of memory: torch chooses")
+            return DEFAULT
         atomic.make_directory(folder)
         atomic.write_json(folder / TIMINGS, known)
     able = [name for name in candidates if all(here[str(shape)][name] is not None for shape in distinct)]
@@ -118,8 +123,11 @@ def measure(names: Sequence[str], shape: Shape, dtype: torch.dtype, device: torc
     best: dict[str, float | None] = {}
     for name in names:
         try:
-            _timed(partial(_call, name, inputs), device, calls=2)  # the first call also plans
+            with warnings.catch_warnings(action="ignore"):  # of why a kernel cannot
+                _timed(partial(_call, name, inputs), device, calls=2)  # the first call also plans
             best[name] = float("inf")
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             best[name] = None
     for _ in range(ROUNDS):

@@ -124,6 +124,21 @@ def test_where_no_kernel_can_do_all_shapes_torch_chooses(tmp_path: Path, monkeyp
     assert choose("auto", SHAPES, torch.bfloat16, GPU, tmp_path) == DEFAULT
 
 
+def test_a_card_without_free_memory_says_nothing_of_its_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(name: str, inputs: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(attention, "_call", full)
+    monkeypatch.setattr(attention, "_timed", lambda call, device, calls: call())
+    monkeypatch.setattr(attention, "_inputs", lambda shape, dtype, device: [])
+    monkeypatch.setattr(attention, "_card", lambda device: "a full card")
+    assert choose("auto", SHAPES, torch.bfloat16, GPU, tmp_path) == DEFAULT
+    assert "for want of memory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_shape_is_that_of_the_model_s_own_call(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     from shared.families.base import Batch
     from shared.model_folder import resolve
