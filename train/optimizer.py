@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from shared.errors import UserError, nearest
+from shared.report import warn
 from train.buckets import BLOCK_NUMEL, CHUNK_NUMEL, Bucket, Piece, is_large, make_buckets
 from train.offload import DeviceStates, HostStates, States
 
@@ -31,6 +33,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 Rounding = Literal["stochastic", "nearest"]
 Clip = Literal["global", "parameter"]
 Place = Literal["device", "cpu"]
+OnePass = Literal["auto", "no"]
 
 _HIGH_HALF = 1 if sys.byteorder == "little" else 0
 """Which of a float32's two 16-bit words is its bfloat16 part."""
@@ -78,6 +81,9 @@ class OptimizerOptions:
     release: bool = False
     """Step each large weight as soon as backward has its gradient, and free it: gradients (2 bytes per bfloat16 weight)
     then never lie in memory together. Not with a global clip, nor with accumulation, nor with several processes."""
+    one_pass: OnePass = "auto"
+    """`auto`: on a GPU `adamw8bit` is a kernel that goes over memory once, a sixth of the traffic otherwise; it is held
+    against bitsandbytes' at the start. `no`: bitsandbytes' own kernel. They draw other noise."""
     survival_every: int = 100
     """Every how many steps the share of the update that survives rounding is measured. Such a step's optimizer reads
     and writes about twice as much memory. 0 turns it off."""
@@ -85,7 +91,8 @@ class OptimizerOptions:
     def check(self) -> None:
         """Refuse impossible values. Raises `UserError`."""
         for name, choices in (
-            ("kind", Kind), ("schedule", Schedule), ("rounding", Rounding), ("clip", Clip), ("states", Place)
+            ("kind", Kind), ("schedule", Schedule), ("rounding", Rounding), ("clip", Clip), ("states", Place),
+            ("one_pass", OnePass),
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in get_args(choices):
@@ -243,6 +250,8 @@ class Optimizer:
         eight_bit = options.kind == "adamw8bit"
         self._buckets = make_buckets(parameters, eight_bit=eight_bit, master=options.master, chunk_numel=chunk_numel)
         self._eight_bit = _EightBit(self._device) if any(bucket.eight_bit for bucket in self._buckets) else None
+        if self._eight_bit is not None and self._device.type == "cuda" and options.one_pass == "auto":
+            self._eight_bit.go_over_memory_once()
         sizes = [bucket.num_bytes for bucket in self._buckets]
         self._states: States = (HostStates if options.states == "cpu" else DeviceStates)(sizes, self._device)
         self._noise: torch.Generator | None = None
@@ -378,16 +387,36 @@ class Optimizer:
         buffer = self._states.take(bucket.index, following)
         pieces = [piece for piece in bucket.pieces if piece.weight.grad is not None]
         states = [{name: of.of(buffer) for name, of in piece.fields.items()} for piece in pieces]
-        values = [_value(piece, state) for piece, state in zip(pieces, states, strict=True)]
-        gradients = [_float32(piece, _gradient(piece.weight)) for piece in pieces]
-        # What is measured: the weights and what is stepped for them, as they were.
+        for piece, state in zip(pieces, states, strict=True):
+            if piece.num_steps == 0 and "master" in state:
+                state["master"].copy_(piece.cut(piece.weight.detach()))
+            piece.num_steps += 1
         before = [piece.cut(piece.weight.detach()).clone() for piece in pieces] if now.measured else []
+        meant = (self._at_once if self._goes_over_memory_once(bucket, now) else self._in_passes)(
+            bucket, pieces, states, now
+        )
+        if now.measured is not None:
+            for piece, old, intended in zip(pieces, before, meant, strict=True):
+                made = piece.cut(piece.weight.detach()).to(torch.float32, copy=True).sub_(old)
+                now.measured.projected.append(made.dot(intended))
+                now.measured.meant.append(intended.dot(intended))
+                now.measured.changed.append(made.count_nonzero())
+        self._states.put(bucket.index)
+
+    def _in_passes(
+        self, bucket: Bucket, pieces: list[Piece], states: list[dict[str, torch.Tensor]], now: _Pass
+    ) -> list[torch.Tensor]:
+        """Step a float32 copy of the pieces and round it into the weights. What is measured: the change that was meant
+        by each, flat float32."""
+        values = [
+            state["master"] if "master" in state else _float32(piece, piece.weight.detach())
+            for piece, state in zip(pieces, states, strict=True)
+        ]
+        gradients = [_float32(piece, _gradient(piece.weight)) for piece in pieces]
         stood = [value.clone() for value in values] if now.measured else []
         if now.clip_each:
             for piece, gradient in zip(pieces, gradients, strict=True):
-                gradient.mul_((self.options.clip_norm / (now.norms[piece.name] + 1e-6)).clamp(max=1.0))
-        for piece in pieces:
-            piece.num_steps += 1
+                gradient.mul_(self._own_scale(piece, now))
         if bucket.eight_bit:
             assert self._eight_bit is not None
             self._eight_bit.update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
@@ -399,14 +428,44 @@ class Optimizer:
         generator = self._generator(now.rounding, bucket)
         for piece, value in zip(pieces, values, strict=True):
             self._bring_back(piece, value, generator)
-        del values, value
-        if now.measured is not None:
-            for piece, old, intended in zip(pieces, before, meant, strict=True):
-                made = piece.cut(piece.weight.detach()).to(torch.float32, copy=True).sub_(old)
-                now.measured.projected.append(made.dot(intended))
-                now.measured.meant.append(intended.dot(intended))
-                now.measured.changed.append(made.count_nonzero())
-        self._states.put(bucket.index)
+        return meant
+
+    def _at_once(
+        self, bucket: Bucket, pieces: list[Piece], states: list[dict[str, torch.Tensor]], now: _Pass
+    ) -> list[torch.Tensor]:
+        """The same by one kernel for each piece."""
+        assert self._eight_bit is not None
+        rounding = now.rounding if isinstance(now.rounding, int) else 0  # None: nothing is drawn
+        seeds = np.random.SeedSequence((rounding, bucket.index)).generate_state(len(pieces), np.uint64)
+        together = torch.full((), now.scale, device=self._device)
+        meant: list[torch.Tensor] = []
+        for piece, state, seed in zip(pieces, states, seeds, strict=True):
+            weight = piece.cut(piece.weight.detach())
+            stepped = state.get("master", weight)
+            stood = stepped.to(torch.float32, copy=True) if now.measured else None
+            after = torch.empty_like(stood) if stood is not None else None
+            scale = self._own_scale(piece, now) if now.clip_each else together
+            gradient = piece.cut(_gradient(piece.weight))
+            self._eight_bit.update_at_once(
+                self.options, piece, stepped, weight, gradient, after, state, now.learning_rate, scale, int(seed)
+            )
+            if after is not None and stood is not None:
+                meant.append(after.sub_(stood))
+        return meant
+
+    def _goes_over_memory_once(self, bucket: Bucket, now: _Pass) -> bool:
+        """A weight that is not contiguous has no flat view, and a generator cannot be read without waiting."""
+        return (
+            bucket.eight_bit
+            and self._eight_bit is not None
+            and self._eight_bit.one_pass is not None
+            and not isinstance(now.rounding, torch.Generator)
+            and all(piece.weight.is_contiguous() for piece in bucket.pieces)
+        )
+
+    def _own_scale(self, piece: Piece, now: _Pass) -> torch.Tensor:
+        """What clips a weight's gradient by itself, 0-dim."""
+        return (self.options.clip_norm / (now.norms[piece.name] + 1e-6)).clamp(max=1.0)
 
     def _bring_back(self, piece: Piece, value: torch.Tensor, generator: torch.Generator | None) -> None:
         """Round what was stepped into the weight. Uses up `value`, unless it is a master copy."""
@@ -577,6 +636,53 @@ class _EightBit:
             "qmap2": create_dynamic_map(signed=False).to(device),
         }
         """What the 256 values of a byte stand for, (256,) float32: of the mean, and of the mean of squares."""
+        self._middles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.one_pass: ModuleType | None = None
+        """train/one_pass.py, once it is chosen."""
+
+    def go_over_memory_once(self) -> None:
+        """Use the one kernel from here on, if it is what bitsandbytes' kernel is on this device."""
+        try:
+            from train import one_pass
+        except ImportError as error:
+            warn(
+                f"optimizer.one_pass: there is no Triton ({error}), so stepping takes six times as much memory traffic"
+            )
+            return
+        codes = self.codes["qmap1"], self.codes["qmap2"]
+        if not one_pass.agrees(self._kernel, codes):
+            warn("optimizer.one_pass: its kernel is not what bitsandbytes' is on this device, so that one is used")
+            return
+        self.one_pass, self._middles = one_pass, (one_pass.middles_of(codes[0]), one_pass.middles_of(codes[1]))
+
+    def update_at_once(
+        self,
+        options: OptimizerOptions,
+        piece: Piece,
+        stepped: torch.Tensor,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
+        after: torch.Tensor | None,
+        state: dict[str, torch.Tensor],
+        learning_rate: float,
+        scale: torch.Tensor,
+        seed: int,
+    ) -> None:
+        """Step and round a piece: `stepped` is its master copy, or the weight."""
+        one_pass = self.one_pass
+        assert one_pass is not None
+        if weight.dtype == torch.float32:
+            mode = one_pass.FLOAT32
+        elif stepped is not weight:
+            mode = one_pass.MASTER
+        else:
+            mode = one_pass.STOCHASTIC if options.rounding == "stochastic" else one_pass.NEAREST
+        one_pass.adamw(
+            stepped=stepped, weight=weight, gradient=gradient, after=after, state=state,
+            codes=(self.codes["qmap1"], self.codes["qmap2"]), middles=self._middles, scale=scale, mode=mode, seed=seed,
+            num_steps=piece.num_steps, learning_rate=learning_rate, beta1=options.beta1, beta2=options.beta2,
+            epsilon=options.epsilon, weight_decay=options.weight_decay,
+        )  # fmt: skip
 
     def update(
         self,
@@ -619,15 +725,6 @@ def _update(
         beta1=options.beta1, beta2=options.beta2, lr=learning_rate,
         weight_decay=options.weight_decay, eps=options.epsilon,
     )  # fmt: skip
-
-
-def _value(piece: Piece, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What is stepped for a piece: float32, flat. The weight itself, its master copy, or a temporary copy."""
-    if "master" not in state:
-        return _float32(piece, piece.weight.detach())
-    if piece.num_steps == 0:
-        state["master"].copy_(piece.cut(piece.weight.detach()))
-    return state["master"]
 
 
 def _float32(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
