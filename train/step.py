@@ -117,7 +117,8 @@ class Step:
         survival = optimizer.finish(norm_value)
         figures = {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
         if survival is not None:
-            figures |= {"update_kept": survival.update_kept.item(), "share_updated": survival.share_updated.item()}
+            kept, updated = torch.stack([survival.update_kept, survival.share_updated]).tolist()
+            figures |= {"update_kept": kept, "share_updated": updated}
         return figures
 
     def _generator(self, device: torch.device | str, number: int, what: int) -> torch.Generator:
