@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from shared.errors import UserError
 from shared.families.base import Batch
 from shared.model_folder import ModelFolder
-from tests.train.conftest import flux
+from tests.train.conftest import controlnet_bytes, flux, losses, train_options
 from tests.train.made_models import NUM_BLOCKS, NUM_CONTROLNET_BLOCKS, adapter_of, batch_of, predicted
 from train.adapters.controlnet import ControlNetAdapter
 from train.budget import GIB, MemoryOptions
@@ -21,6 +22,8 @@ from train.fit import Fit, Guard, Measured, decide
 from train.loader import LoaderOptions
 from train.memory_plan import Recompute, count, fewest_recomputed, least_bytes
 from train.optimizer import Optimizer, OptimizerOptions
+from train.step import Step
+from train.trainer import train
 
 CPU = torch.device("cpu")
 FULL = (NUM_BLOCKS, NUM_CONTROLNET_BLOCKS)
@@ -436,3 +439,79 @@ def test_a_measured_run_has_its_optimizer_s_memory_from_the_start(setting: Setti
     assert Counting.reserved == 1
     assert optimizer.num_updates == 0
     assert optimizer.state()[1] == states[1]
+
+
+# --- a whole run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with nothing given up."""
+    runs = tmp_path_factory.mktemp("plain")
+    assert train(train_options(tiny_cache, runs)) == 0
+    return runs / "run"
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [{"recompute": "all"}, {"recompute": "3+1"}, {"stream": "yes"}, {"stream": "yes", "recompute": "2"},
+     {"budget": "1GiB"}],
+    ids=str,
+)  # fmt: skip
+def test_nothing_that_is_given_up_for_memory_changes_what_is_learned(
+    memory: dict[str, str], plain: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    assert train(train_options(tiny_cache, tmp_path, memory=memory)) == 0
+    assert controlnet_bytes(tmp_path / "run") == controlnet_bytes(plain)
+    assert losses(tmp_path / "run") == losses(plain)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"memory": {"hoist": "yes", "hoist_steps": 2, "stream": "yes"}, "loader": {"batch_size": 1, "accumulation": 2},
+         "optimizer": {"states": "cpu"}},
+    ],
+    ids=["plain", "everything-elsewhere"],
+)  # fmt: skip
+def test_a_run_whose_steps_run_out_of_memory_goes_on_as_if_they_had_not(
+    changes: dict[str, Any],
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(train_options(tiny_cache, tmp_path, name="undisturbed", **changes)) == 0
+    capsys.readouterr()
+    backward = Step.backward
+    calls: list[int] = []
+
+    def running_out(self: Step, batches: list[Batch]) -> Any:
+        calls.append(len(calls))
+        found = backward(self, batches)
+        if len(calls) in (1, 2, 6):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    monkeypatch.setattr(Step, "backward", running_out)
+    assert train(train_options(tiny_cache, tmp_path, **changes)) == 0
+    assert len(calls) == 6 + 3
+    assert controlnet_bytes(tmp_path / "run") == controlnet_bytes(tmp_path / "undisturbed")
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("the step is taken again") == 3
+
+
+def test_a_run_with_a_global_batch_goes_on_with_the_batches_that_it_began_with(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"loader": {"batch_size": 1, "global_batch": 4}, "checkpoint": {"every": 2}}
+    by_hand = {"batch_size": 2, "accumulation": 2}
+    assert train(train_options(tiny_cache, tmp_path, name="by-hand", loader=by_hand)) == 0
+    with monkeypatch.context() as patch:  # so long as only batches of 2 fit
+        patch.setattr("train.fit._ways", lambda loader, *_: [replace(loader, global_batch=None, **by_hand)])
+        assert train(train_options(tiny_cache, tmp_path, **asked, steps=2)) == 0
+    assert train(train_options(tiny_cache, tmp_path, **asked, steps=6)) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "by-hand")
+    assert controlnet_bytes(tmp_path / "run") == controlnet_bytes(tmp_path / "by-hand")
