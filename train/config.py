@@ -100,7 +100,8 @@ class TrainConfig:
 MAY_CHANGE = (
     "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "memory.",
     "loader.prefetch", "loader.workers", "loader.lookahead", "loader.accumulation", "remote.", "base.folder",
-    "speed.compile", "speed.attention",
+    "speed.compile", "speed.attention", "optimizer.states", "optimizer.release", "optimizer.survival_every",
+    "optimizer.one_pass",
 )  # fmt: skip
 """Options that a resumed run may have changed without becoming another experiment. (The cache may have moved: its
 fingerprints are compared. Accumulation may change together with the number of processes: the loader compares their

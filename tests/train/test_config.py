@@ -101,6 +101,7 @@ def test_where_how_long_and_how_it_is_watched_may_change() -> None:
     assert not changed(memory=MemoryOptions(budget="24GB", recompute="all"))
     assert not changed(loader=LoaderOptions(prefetch=9, accumulation=2, workers=7, lookahead=5))
     assert not changed(remote=RemoteOptions(downloads=3, folder="elsewhere"))
+    assert not changed(optimizer=OptimizerOptions(states="cpu", release=True, survival_every=7, one_pass="no"))
 
 
 def test_what_decides_the_weights_makes_another_experiment() -> None:

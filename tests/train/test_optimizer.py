@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train.optimizer
 from shared.errors import UserError
@@ -702,6 +704,46 @@ def test_noise_depends_on_the_seed_and_the_weight_but_not_on_the_order() -> None
     assert not torch.equal(a, b)
     assert torch.equal(a, stepped(1)[0])
     assert not torch.equal(a, stepped(2)[0])
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made within it have held together, storages that were there before apart."""
+
+    def __init__(self, *there: torch.Tensor) -> None:
+        super().__init__()
+        self._there = {tensor.untyped_storage()._cdata for tensor in there}
+        self._alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self._there and key not in self._alive:
+                    self._alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self._alive.pop, key, None)
+        self.most = max(self.most, sum(self._alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(("measure", "bytes_per_weight"), [(False, 8), (True, 14)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_holds_8_bytes_for_each_weight_of_a_chunk_and_14_where_it_measures(
+    kind: str, measure: bool, bytes_per_weight: int
+) -> None:
+    chunk = 1 << 20
+    weight = torch.nn.Parameter(torch.empty(8 * chunk, dtype=torch.bfloat16, device="meta"))
+    made = Optimizer(options(kind=kind), {"weight": weight}, chunk_numel=chunk)
+    made.reserve()
+    made.begin(1e-3, 1, measure=measure)
+    weight.grad = torch.empty_like(weight)
+    states = [made._states.at_rest(bucket.index) for bucket in made._buckets]
+    with Held(weight, weight.grad, *states) as held:
+        made.norm()
+        made.finish(1.0)
+    assert held.most / chunk == pytest.approx(bytes_per_weight, rel=0.01)
 
 
 # --- what survives --------------------------------------------------------------------------------------------------
