@@ -32,6 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "adamw-fp32": {"optimizer": {"kind": "adamw"}},
     "adamw8bit-fp32": {"optimizer": {"kind": "adamw8bit"}},
     "adamw8bit-bf16": {"optimizer": {"kind": "adamw8bit"}, "precision": "bf16"},
+    "adamw8bit-bf16-master-host": {
+        "optimizer": {"master": True, "states": "cpu", "release": True, "clip": "parameter", "survival_every": 2},
+        "precision": "bf16",
+    },
     "accumulation": {"loader": {"accumulation": 2}, "memory": {"recompute": "all"}},
     "hoisted": {"memory": {"hoist": "yes", "hoist_steps": 5}},
 }
