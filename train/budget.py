@@ -6,6 +6,7 @@ The options stand here; which blocks are computed twice is `train.recompute`'s b
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,18 @@ class MemoryOptions:
         parse_recompute(self.recompute)
         if self.hoist_steps < 1:
             raise UserError(f"memory.hoist_steps must be 1 or more, not {self.hoist_steps}")
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Where the environment sets up torch's allocator; the second is what all versions read."""
+
+
+def grow_segments() -> None:
+    """Have torch's GPU allocator grow the segments it has instead of adding others, between which gaps would stay: a
+    count of tensors knows no gaps. To be called before anything is on a GPU; what the environment says already stays.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def parse_budget(budget: str) -> int:

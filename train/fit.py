@@ -96,6 +96,9 @@ def decide(
     budget. Raises `UserError`, which names the cheapest change, where nothing fits.
     """
     budget = free_bytes if memory.budget == "auto" else parse_budget(memory.budget)
+    if budget is not None and free_bytes is not None and budget > free_bytes:
+        warn(f"the device has {free_bytes / GIB:.1f} GiB free, less than MEMORY {memory.budget}: that is the budget")
+        budget = free_bytes
     hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda")
     setting = replace(setting, hoist=hoist, stream=memory.stream == "yes")
     given = parse_recompute(memory.recompute)

@@ -31,6 +31,7 @@ from shared.model_folder import ModelFolder, resolve
 from shared.report import components_table, progress, quiet_libraries, say, warn
 from train import attention, checkpoints, eight_bit, fit, models
 from train.adapters.controlnet import ControlNetOptions, parse_depth
+from train.budget import grow_segments
 from train.compile import eager
 from train.config import TrainConfig
 from train.counting import Setting
@@ -47,6 +48,7 @@ def train(options: TrainConfig) -> int:
     """Train, or go on training, the run that `options` describe. Exit code 0. Raises `UserError` before anything is
     loaded where something does not fit."""
     quiet_libraries()
+    grow_segments()
     cache = Cache(options.cache, options.remote)
     family = families.get(cache.family)
     conditions = options.condition or (cache.manifest["condition"],)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from shared.errors import UserError
-from train.budget import ALL, GIB, MemoryOptions, parse_budget, parse_recompute
+from train.budget import ALL, ALLOCATOR, GIB, MemoryOptions, grow_segments, parse_budget, parse_recompute
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,16 @@ def test_no_rows_ahead_is_refused() -> None:
 
 def test_the_defaults_are_sound() -> None:
     MemoryOptions().check()
+
+
+def test_the_allocator_s_segments_grow_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    grow_segments()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that what is set next is undone
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    grow_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

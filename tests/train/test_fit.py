@@ -87,7 +87,12 @@ def test_an_automatic_budget_is_what_is_free(setting: Setting) -> None:
     tight = (peak(setting) + least_bytes(setting)) // 2
     assert decided(setting, free_bytes=tight).budget_bytes == tight
     assert decided(setting, free_bytes=tight).recompute == fewest_recomputed(setting, tight)
-    assert decided(setting, MemoryOptions(budget="1GiB"), free_bytes=tight).budget_bytes == GIB
+    assert decided(setting, MemoryOptions(budget="1GiB"), free_bytes=2 * GIB).budget_bytes == GIB
+
+
+def test_a_budget_above_what_is_free_is_what_is_free(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
+    assert decided(setting, MemoryOptions(budget="2GiB"), free_bytes=GIB).budget_bytes == GIB
+    assert "the device has 1.0 GiB free, less than MEMORY 2GiB" in capsys.readouterr().err
 
 
 def test_blocks_that_the_user_names_are_taken_as_they_are(setting: Setting) -> None:
