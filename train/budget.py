@@ -50,6 +50,10 @@ class MemoryOptions:
         if self.hoist_steps < 1:
             raise UserError(f"memory.hoist_steps must be 1 or more, not {self.hoist_steps}")
 
+    def unused(self) -> list[str]:
+        """Options that differ from their default but have no effect beside the others: warn of them."""
+        return ["hoist_steps"] if self.hoist == "no" and self.hoist_steps != MemoryOptions.hoist_steps else []
+
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Where the environment sets up torch's allocator; the second is what all versions read."""

@@ -206,6 +206,7 @@ def _warn(
         warn("the cache has no held-out samples: no held-out loss and no pictures")
     unused = [f"objective.{name}" for name in options.objective.unused()]
     unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
+    unused += [f"memory.{name}" for name in options.memory.unused()]
     unused += [f"loader.{name}" for name in options.loader.unused(remote=parts[0].cache.storage.remote)]
     if options.controlnet.start_from is not None and options.controlnet.embedder != ControlNetOptions.embedder:
         unused.append("controlnet.embedder")

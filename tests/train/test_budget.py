@@ -45,8 +45,14 @@ def test_no_rows_ahead_is_refused() -> None:
         MemoryOptions(hoist_steps=0).check()
 
 
-def test_the_defaults_are_sound() -> None:
+def test_the_defaults_are_sound_and_used() -> None:
     MemoryOptions().check()
+    assert MemoryOptions().unused() == MemoryOptions(hoist="no").unused() == []
+
+
+def test_rows_ahead_of_a_base_that_is_not_hoisted_have_no_effect() -> None:
+    assert MemoryOptions(hoist="no", hoist_steps=8).unused() == ["hoist_steps"]
+    assert MemoryOptions(hoist="yes", hoist_steps=8).unused() == []
 
 
 def test_the_allocator_s_segments_grow_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
