@@ -61,6 +61,8 @@ class Setting:
     text_length: int
     batch_size: int = 1
     accumulation: int = 1
+    num_processes: int = 1
+    """Each on a card of its own: with several, gradients are also kept in the buckets in which they are averaged."""
     family: str = "flux"
     model: ModelFolder | None = None
     """The base, of which the configuration is read; None: the family's default model, which need not be here."""
@@ -202,7 +204,10 @@ def trace(setting: Setting, *, whole: bool = False) -> Trace:
 
     Settings that differ in nothing that a trace depends on share one."""
     release = OptimizerOptions(release=True, clip="parameter") if setting.optimizer.release else OptimizerOptions()
-    return _trace(replace(setting, stream=False, optimizer=release, accumulation=min(setting.accumulation, 2)), whole)
+    alike = replace(
+        setting, stream=False, optimizer=release, accumulation=min(setting.accumulation, 2), num_processes=1
+    )
+    return _trace(alike, whole)
 
 
 @functools.lru_cache(maxsize=256)

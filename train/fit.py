@@ -100,7 +100,7 @@ def decide(
         warn(f"the device has {free_bytes / GIB:.1f} GiB free, less than MEMORY {memory.budget}: that is the budget")
         budget = free_bytes
     hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda")
-    setting = replace(setting, hoist=hoist, stream=memory.stream == "yes")
+    setting = replace(setting, hoist=hoist, stream=memory.stream == "yes", num_processes=num_processes)
     given = parse_recompute(memory.recompute)
 
     def found(loader: LoaderOptions) -> tuple[float, Fit] | None:

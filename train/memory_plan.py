@@ -250,8 +250,8 @@ def _peak(setting: Setting, traced: Trace, segments: Iterator[Segment]) -> _Peak
     weights = _weight_bytes(setting, traced)
     states, stepping = _optimizer_bytes(setting, traced)
     held: Counter[Holder] = Counter({"step": traced.weights.batch})
-    if setting.accumulation > 1:
-        held["gradients"] = sum(_trained_bytes(setting, traced))
+    copies = (setting.accumulation > 1) + (setting.num_processes > 1)
+    held["gradients"] = copies * sum(_trained_bytes(setting, traced))
     live = weights + states + sum(held.values())
     highest = _Peak(live, live, "forward", held.copy(), states)
     for segment in segments:

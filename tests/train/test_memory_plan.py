@@ -117,6 +117,13 @@ def test_accumulated_gradients_add_themselves_to_the_peak() -> None:
     assert twice.model_flops == pytest.approx(2 * once.model_flops)
 
 
+def test_several_processes_keep_their_gradients_twice() -> None:
+    one = setting((2, 4), 512, 77, hoist=True)
+    alone, together = (count(replace(one, num_processes=num)) for num in (1, 2))
+    assert (together.peak_bytes - alone.peak_bytes) / GIB == pytest.approx(2.51, abs=0.01)
+    assert together.components["gradients"] / GIB == pytest.approx(2.51, abs=0.01)
+
+
 def test_what_can_be_given_up_takes_off_what_it_should() -> None:
     one = setting((2, 4), 512, 77, hoist=True)
     kept = count(one)
