@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -79,6 +80,18 @@ class Coming(Loader):
 
     def peek(self, positions: Iterable[int], layers: Collection[str]) -> list[Tensors]:
         return [{self._pooled: self._of_position(position)} for position in positions]
+
+
+class Separate(torch.nn.Module):
+    """A block whose outputs share no memory: the compiler refuses outputs that do, where weights are of a tensor class
+    of quanto's. One copy more."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(output.clone() for output in self.block(*inputs, **named))
 
 
 @dataclass
@@ -174,6 +187,10 @@ def assemble(cell: Cell, size: Size, device: torch.device, dtype: torch.dtype) -
     encoders = Encoders(size, device, dtype) if way.encoders else None
     if way.arithmetic != "exact":
         eight_bit.use(base, way.arithmetic, device)
+    if way.compiled and way.base == "quanto":
+        singles = base.get_submodule("single_transformer_blocks")
+        for name, block in list(singles.named_children()):
+            singles.register_module(name, Separate(block))
     if way.compiled:
         blocks = [*family.blocks(base), *family.blocks(controlnet)]
         compile_blocks(blocks, num_shapes=4, backend="inductor" if device.type == "cuda" else "aot_eager")

@@ -172,6 +172,15 @@ def test_ways_of_the_same_numbers_take_the_same_first_step() -> None:
     assert losses["ours-streamed"] == losses["ours"] == pytest.approx(losses["quanto"], rel=1e-2)
 
 
+def test_quanto_s_base_can_be_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for compiled in (False, True):
+        monkeypatch.setitem(ways.WAYS, "quanto", dataclasses.replace(WAYS["quanto"], compiled=compiled))
+        made = assembly.assemble(Cell("step", "quanto", **AT), TINY, CPU, torch.float32)
+        losses.append([made.take(1)["loss"] for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_steps_move_the_controlnet_alone_and_each_step_has_its_own_noise() -> None:
     made = assembly.assemble(Cell("step", "ours", **AT), TINY, CPU, torch.float32)
     before = {name: p.detach().clone() for name, p in made.adapter.named_parameters()}
