@@ -176,12 +176,15 @@ def decide_fit(
         weights=weights,
         optimizer=options.optimizer,
     )
+    free_bytes = fit.free_bytes(accelerator)
+    if accelerator.is_main_process and (free_bytes is not None or options.memory.budget != "auto"):
+        say("counting what a step will take ...")
     fitted = fit.decide(
         options.memory,
         options.loader,
         setting,
         device=accelerator.device,
-        free_bytes=fit.free_bytes(accelerator),
+        free_bytes=free_bytes,
         num_processes=accelerator.num_processes,
         saved=None if checkpoint is None else checkpoints.state(checkpoint)["loader"],
     )
