@@ -94,7 +94,8 @@ def train(options: TrainConfig) -> int:
                 return 0
             loader.load_state(checkpoints.state(checkpoint)["loader"])
         if main:
-            _warn(options, remark, (samples, held_out), before if loader.step else None)
+            unread = family.unread_residuals(model, _depth(family, options, checkpoint))
+            _warn(options, remark, unread, (samples, held_out), before if loader.step else None)
         trainer = Trainer(options, accelerator, run, family, model, fitted, loader, held_out, checkpoint)
         if main:
             run.begin(options, facts, loader.step, trainer.models.components)
@@ -197,6 +198,7 @@ def decide_fit(
 def _warn(
     options: TrainConfig,
     remark: str | None,
+    unread: tuple[int, int],
     parts: tuple[CachedSamples, CachedSamples],
     before: dict[str, Any] | None,
 ) -> None:
@@ -219,6 +221,12 @@ def _warn(
         warn(f"option {name} has no effect with the other options as they are")
     if remark:
         warn(remark)
+    for count, kind in zip(unread, ("double", "single"), strict=True):
+        if count:
+            warn(
+                f"of this ControlNet's {kind} residuals the base never adds the last {count}: it shares them out over "
+                "its blocks evenly, and they come out before they are used up. A smaller DEPTH does as much for less"
+            )
     if options.steps <= options.optimizer.warmup_steps:
         warn(
             f"the run ends within its warm-up: after {options.steps} steps the learning rate is "

@@ -264,6 +264,15 @@ class Family(ABC):
         """Refuse (`UserError`) an existing ControlNet that does not fit the base."""
 
     @abstractmethod
+    def unread_residuals(self, model: ModelFolder, depth: tuple[int, int]) -> tuple[int, int]:
+        """Of a ControlNet of this depth, how many residuals of each kind the base never adds: blocks that are computed
+        and, in part, trained for nothing."""
+
+    @abstractmethod
+    def has_idle_parameters(self, base: torch.nn.Module, controlnet: torch.nn.Module) -> bool:
+        """Whether some of the ControlNet's parameters never get a gradient."""
+
+    @abstractmethod
     def model_latents(
         self, raw: Tensors, recipe: Mapping[str, Any], generator: torch.Generator | None, dtype: torch.dtype
     ) -> torch.Tensor:

@@ -322,6 +322,14 @@ class Flux(Family):
         if num_modes is None and control_mode is not None:
             raise UserError("control_mode is set, but this ControlNet is not a union: leave it out")
 
+    def unread_residuals(self, model: ModelFolder, depth: tuple[int, int]) -> tuple[int, int]:
+        return _unread(self.max_depth(model), depth)
+
+    def has_idle_parameters(self, base: torch.nn.Module, controlnet: torch.nn.Module) -> bool:
+        blocks, depth = ((_config(m)["num_layers"], _config(m)["num_single_layers"]) for m in (base, controlnet))
+        # Without single blocks the text half of the last double block feeds nothing.
+        return depth[1] == 0 or any(_unread(blocks, depth))
+
     def model_latents(
         self, raw: Tensors, recipe: Mapping[str, Any], generator: torch.Generator | None, dtype: torch.dtype
     ) -> torch.Tensor:
@@ -506,6 +514,17 @@ def _tiny_tokenizers() -> tuple[Any, Any]:
         CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
         T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512),
     )
+
+
+def _unread(blocks: tuple[int, int], depth: tuple[int, int]) -> tuple[int, int]:
+    """Double and single residuals that no block of the base adds. diffusers gives each residual to as many blocks in a
+    row as the quotient of their numbers, rounded up, so the blocks may be used up before the residuals: of 8 over 19
+    blocks, 7 serve three blocks each (the last one fewer) and one none."""
+    double, single = (
+        0 if count == 0 else count - 1 - (num_blocks - 1) // -(-num_blocks // count)
+        for num_blocks, count in zip(blocks, depth, strict=True)
+    )
+    return double, single
 
 
 def _config(model: torch.nn.Module) -> Mapping[str, Any]:

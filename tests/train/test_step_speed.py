@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +17,7 @@ from shared import families
 from shared.families import flux
 from shared.families.base import Batch
 from shared.model_folder import resolve
+from tests.train.made_models import SIZES
 from train import recompute
 from train import step as step_module
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions
@@ -239,4 +241,22 @@ def test_only_the_text_half_at_a_controlnet_s_end_is_idle(
     last = f"transformer_blocks.{depth[0] - 1}."
     assert all(name.startswith((f"{last}ff_context.", f"{last}attn.to_add_out.")) for name in idle)
     assert len(idle) == num_idle
+    assert adapter.has_idle_parameters == bool(idle)
+
+
+@pytest.mark.parametrize(("depth", "unread"), [((3, 3), (1, 0)), ((4, 4), (0, 1)), ((2, 5), (0, 0)), ((4, 0), (0, 0))])
+def test_residuals_that_no_block_of_the_base_adds_are_named(
+    tmp_path: Path, depth: tuple[int, int], unread: tuple[int, int]
+) -> None:
+    """A base of 4 double and 5 single blocks gives each residual to as many blocks in a row."""
+    base = FluxTransformer2DModel(num_layers=4, num_single_layers=5, **SIZES).requires_grad_(False)
+    base.save_pretrained(tmp_path / "transformer")
+    controlnet = FluxControlNetModel(num_layers=depth[0], num_single_layers=depth[1], **SIZES)
+    adapter = ControlNetAdapter(FLUX, base, controlnet, ControlNetOptions())
+    step_of(adapter, CPU).backward([batch_of(2, CPU)])
+    idle = {name.rsplit(".", 1)[0] for name, parameter in adapter.named_parameters() if parameter.grad is None}
+    outputs = [f"controlnet_blocks.{depth[0] - 1 - i}" for i in range(unread[0])]
+    outputs += [f"controlnet_single_blocks.{depth[1] - 1 - i}" for i in range(unread[1])]
+    assert {name for name in idle if name.startswith("controlnet_")} == {*outputs}
+    assert FLUX.unread_residuals(resolve(str(tmp_path), ()), depth) == unread
     assert adapter.has_idle_parameters == bool(idle)

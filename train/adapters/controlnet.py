@@ -82,9 +82,8 @@ class ControlNetAdapter:
 
     @property
     def has_idle_parameters(self) -> bool:
-        """Whether some parameters never get a gradient: without single blocks the last double block's text half feeds
-        nothing."""
-        return not self.controlnet.config["num_single_layers"]  # type: ignore[index]
+        """Whether some parameters never get a gradient."""
+        return self.family.has_idle_parameters(self.base, self.controlnet)
 
     def _autocast(self, x_t: torch.Tensor) -> AbstractContextManager[object]:
         """fp32 weights with bf16 activations: computed in bf16, gradients arrive in fp32."""
