@@ -69,9 +69,7 @@ def load(
     modulation = None
     if hoist:
         linears = LinearsOnDisk(model, family.base_component)
-        modulation = Modulation(
-            family, base, linears, guidance=options.controlnet.guidance, device=device, dtype=dtype
-        )
+        modulation = Modulation(family, base, linears, guidance=options.controlnet.guidance, device=device, dtype=dtype)
     compiled = compile.wanted(options.speed, device)
     if compiled:
         compile.keep_in(folder / COMPILED, attention)

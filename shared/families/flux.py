@@ -591,7 +591,7 @@ class _TabledPositions(torch.nn.Module):
 
 
 def _tabled(model: torch.nn.Module) -> torch.nn.Module:
-    model.pos_embed = _TabledPositions(model.get_submodule("pos_embed"))
+    model.pos_embed = _TabledPositions(model.get_submodule("pos_embed")).train(model.training)
     return model
 
 
