@@ -121,7 +121,9 @@ def test_looks_have_the_first_block_again_on_its_way_when_the_last_is_computed()
 def test_an_odd_number_of_blocks_has_the_first_and_the_last_in_one_place() -> None:
     adapters = [adapter_of(), adapter_of()]
     for adapter in adapters:
-        adapter.base.get_submodule("single_transformer_blocks").pop(-1)
+        singles = adapter.base.get_submodule("single_transformer_blocks")
+        assert isinstance(singles, torch.nn.ModuleList)
+        singles.pop(-1)
     expected = gradients(adapters[0])
     streaming.stream(flux(), adapters[1].base, CPU)
     for _ in range(2):
