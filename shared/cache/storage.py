@@ -377,7 +377,7 @@ class RemoteStorage(Storage):
                 part.give_up()
                 raise
             self._download(file, part)
-            if (handle := part.finish()) is not None:
+            if (handle := self._cache.finish(part)) is not None:
                 self._verified.add((file.name, file.checksum))
                 return _Held(path, file.checksum, handle)
 
