@@ -88,18 +88,19 @@ class ModelFolder:
 
     def tensor_names(self, name: str) -> list[str]:
         """The tensors in a component's weights, sorted."""
-        return sorted(key for file in self.weights(name) for key in _open(file).keys())  # noqa: SIM118
+        return sorted(key for file in self.weights(name) for key in open_weights(file).keys())  # noqa: SIM118
 
     def tensors(self, name: str, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of a component's weights that begin with `prefix`, one at a time, sorted within each file."""
         for file in self.weights(name):
-            with _open(file) as opened:
+            with open_weights(file) as opened:
                 for key in sorted(opened.keys()):
                     if key.startswith(prefix):
                         yield key, opened.get_tensor(key)
 
 
-def _open(file: Path) -> Any:
+def open_weights(file: Path) -> Any:
+    """A safetensors file, mapped. Raises `UserError` where it is none."""
     try:
         return safe_open(file, framework="pt")
     except Exception as error:  # safetensors raises its own Rust error class, which has no public name

@@ -263,6 +263,9 @@ def _peak(setting: Setting, traced: Trace, segments: Iterator[Segment]) -> _Peak
         held.update(segment.kept)
         live += segment.kept.total()
     highest.pass_bytes = highest.num_bytes
+    # Activations are gone now; a few blocks' figures stand for all of them and may come out a little below nothing.
+    held = Counter({holder: max(0, num_bytes) for holder, num_bytes in held.items()})
+    live = weights + states + sum(held.values())
     if live + stepping > highest.num_bytes:
         highest = _Peak(live + stepping, highest.pass_bytes, "optimizer step", held.copy(), states)
     return highest
@@ -279,7 +282,7 @@ def _components(setting: Setting, traced: Trace, peak: _Peak) -> dict[str, int]:
     parts["optimizer states"] = peak.states_bytes
     for holder, num_bytes in peak.held.items():
         if holder != "weights":
-            parts[_COMPONENT[holder]] += max(0, num_bytes)  # what stands for other blocks may be some KB too little
+            parts[_COMPONENT[holder]] += max(0, num_bytes)
     parts["temporaries"] = peak.num_bytes - sum(parts.values())
     return parts
 

@@ -34,15 +34,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
 
 from shared.errors import UserError
 from shared.families.base import Family
-from shared.model_folder import ModelFolder
+from shared.model_folder import ModelFolder, open_weights
 from train.loader import Loader
 
 PIECE_BYTES = 16 << 20
@@ -109,7 +107,7 @@ class LinearsOnDisk:
         self._model, self._component = model, component
         self._files: dict[str, Any] = {}
         for path in model.weights(component):
-            opened = _opened(path)
+            opened = open_weights(path)
             self._files |= dict.fromkeys(opened.keys(), opened)
 
     def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -123,13 +121,6 @@ class LinearsOnDisk:
 
     def _tensor(self, name: str) -> torch.Tensor | None:
         return self._files[name].get_tensor(name) if name in self._files else None
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except Exception as error:  # safetensors raises its own Rust error class, which has no public name
-        raise UserError(f"{path} cannot be read ({error}); download the model again") from error
 
 
 @dataclass(frozen=True)
