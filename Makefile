@@ -4,6 +4,9 @@
 #   make preprocess DATA=~/pictures            encode images and captions once, into CACHE
 #   make train                                 train a ControlNet from CACHE; nothing is encoded again
 #   make sample RUN=runs/depth-2-4 IMAGE=drawing.png PROMPT="..."
+#   make sample RUN=runs/depth-2-4 PAIRS=pairs.jsonl   many at once, into a grid
+#   make export RUN=runs/depth-2-4             the ControlNet for others: diffusers, ComfyUI, a model card  (STEP=500)
+#   make upload RUN=runs/depth-2-4 REPO=org/name       send that to the hub                                 (STEP=500)
 #   make plan DEPTH=5-10 GPU=a100              what training will need: memory, time, disk; nothing is downloaded
 #
 #   make status                                what CACHE has, lacks and no longer needs, and why; loads no model
@@ -27,7 +30,7 @@
 #   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1  MEMORY=40GB  GLOBAL_BATCH=8          (train)
 #   DEPTH=all  RESOLUTION=512  TEXT_LENGTH=512  BATCH=1  GPU=a100|h200|4090  MEMORY=40GB  SAMPLES=10000  (plan)
 #   RECIPE=some.yaml    options from a file             ARGS="--option value ..."  any option of the command
-#   every option: python -m preprocess --help, python -m train --help, python -m train.sample --help
+#   every option: python -m preprocess --help, python -m train --help, python -m train.sample --help, ...
 
 CACHE ?= cache
 PYTHON ?= python3
@@ -38,6 +41,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 
 option = $(if $($(1)),--$(2) $($(1)))
+quoted = $(if $($(1)),--$(2) "$($(1))")
 recipe = $(call option,RECIPE,recipe)
 
 comma := ,
@@ -46,7 +50,7 @@ several = $(if $($(1)),--$(2) $(subst $(comma), ,$($(1))))
 data = $(if $(DATA),--data "$(DATA)")
 of_preprocess = $(call option,MODEL,model) $(call several,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution)
 
-.PHONY: help demo preprocess train sample plan status inspect verify repair prune test lint torture bench bench-cache clean
+.PHONY: help demo preprocess train sample export upload plan status inspect verify repair prune test lint torture bench bench-cache clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -79,8 +83,18 @@ train: $(INSTALLED)
 		$(call option,GLOBAL_BATCH,loader.global-batch) $(ARGS)
 
 sample: $(INSTALLED)
-	@$(if $(and $(RUN),$(IMAGE),$(PROMPT)),,echo 'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="..."' >&2; exit 2)
-	@$(RUN_PYTHON) -m train.sample --run "$(RUN)" --image "$(IMAGE)" --prompt "$(PROMPT)" $(ARGS)
+	@$(if $(and $(RUN),$(or $(PAIRS),$(and $(IMAGE),$(PROMPT)))),,echo \
+		'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="...", or PAIRS=pairs.jsonl for the last two' >&2; exit 2)
+	@$(RUN_PYTHON) -m train.sample --run "$(RUN)" $(call quoted,IMAGE,image) $(call quoted,PROMPT,prompt) \
+		$(call quoted,PAIRS,pairs) $(ARGS)
+
+export: $(INSTALLED)
+	@$(if $(RUN),,echo 'error: make export needs RUN=runs/NAME' >&2; exit 2)
+	@$(RUN_PYTHON) -m train.export --run "$(RUN)" $(call option,STEP,step) $(ARGS)
+
+upload: $(INSTALLED)
+	@$(if $(and $(RUN),$(REPO)),,echo 'error: make upload needs RUN=runs/NAME REPO=org/name' >&2; exit 2)
+	@$(RUN_PYTHON) -m train.upload --run "$(RUN)" --repo "$(REPO)" $(call option,STEP,step) $(ARGS)
 
 plan: $(INSTALLED)
 	@$(RUN_PYTHON) -m train.plan $(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,RESOLUTION,resolution) \

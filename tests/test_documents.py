@@ -14,7 +14,9 @@ from examples.demo import DemoConfig
 from preprocess.config import PreprocessConfig
 from shared.config import field_names, load
 from train.config import TrainConfig
+from train.export import ExportConfig
 from train.sample import SampleConfig
+from train.upload import UploadConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +37,7 @@ def test_every_make_command_in_the_readme_is_a_target() -> None:
 def test_every_option_in_the_readme_exists() -> None:
     known = {
         name.replace("_", "-")
-        for config in (PreprocessConfig, TrainConfig, SampleConfig, DemoConfig)
+        for config in (PreprocessConfig, TrainConfig, SampleConfig, ExportConfig, UploadConfig, DemoConfig)
         for name in field_names(config)
     }
     named = {word for code in INLINE for word in re.findall(r"--([a-z][a-z0-9.-]*)", code)}
@@ -99,3 +101,27 @@ def test_make_alone_prints_help_and_targets_call_the_stages() -> None:
     ).stdout
     words = shlex.split(planned.replace("\\\n", " "))
     assert words[1:] == ["-m", "train", "--cache", "c d", "--depth", "5-10", "--name", "big", "--steps", "3"]
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ("sample RUN=r/a IMAGE=d.png PROMPT='a big dog'", "train.sample --run r/a --image d.png --prompt|a big dog"),
+    ("sample RUN=r/a PAIRS=p.jsonl ARGS='--seed 2'", "train.sample --run r/a --pairs p.jsonl --seed 2"),
+    ("export RUN=r/a STEP=40", "train.export --run r/a --step 40"),
+    ("upload RUN=r/a REPO=me/it", "train.upload --run r/a --repo me/it"),
+])  # fmt: skip
+def test_the_targets_that_hand_over_pass_their_variables_on(given: str, words: str) -> None:
+    command = ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", *shlex.split(given)]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    called, _, prompt = words.partition("|")
+    [line] = [line for line in planned.replace("\\\n", " ").splitlines() if "-m train." in line]
+    assert shlex.split(line)[2:] == [*called.split(), *([prompt] if prompt else [])]
+
+
+@pytest.mark.parametrize(
+    "given", ["sample RUN=a IMAGE=b", "sample PAIRS=b", "export", "upload RUN=a", "upload REPO=a/b"]
+)
+def test_the_targets_that_hand_over_say_what_they_need(given: str) -> None:
+    command = ["make", "--no-print-directory", "-o", ".venv/.installed", *given.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"error: make {given.split()[0]} needs RUN=" in done.stderr

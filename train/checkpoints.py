@@ -110,6 +110,23 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def undamaged(folder: Path, step: int | None = None) -> Path:
+    """The checkpoint of `step`, or the newest undamaged one. Raises `UserError` where there is none."""
+    there = ", ".join(str(step_of(path)) for path in reversed(all_newest_first(folder))) or "none"
+    if step is None:
+        if (path := newest(folder)) is None:
+            raise UserError(
+                f"{folder} has no undamaged checkpoint: train until the next one (checkpoint.every) is saved"
+            )
+        return path
+    path = path_of(folder, step)
+    if not path.is_dir():
+        raise UserError(f"{folder} has no checkpoint of step {step}; there is: {there}")
+    if (damage := _damage(path)) is not None:
+        raise UserError(f"checkpoint {path} is damaged ({damage}); choose another STEP, there is: {there}")
+    return path
+
+
 def all_newest_first(folder: Path) -> list[Path]:
     """Every checkpoint of a run, damaged ones too."""
     return sorted((folder / "checkpoints").glob("step-" + 8 * "[0-9]"), reverse=True)

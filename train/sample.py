@@ -1,7 +1,7 @@
 """Paint with a trained ControlNet: `python -m train.sample --run runs/first --image drawing.png --prompt "..."`.
 
-Inference, not training: this loads the whole pipeline, text encoders too, through diffusers' own classes. Nothing in
-the training stage imports it.
+One drawing, or many with their prompts. Inference, not training: this loads the whole pipeline, text encoders too,
+through diffusers' own classes. Nothing in the training stage imports it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ from shared.errors import UserError, run_command_line
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Paint a drawing with a run's newest ControlNet."""
+    """Paint drawings with a run's newest ControlNet."""
 
     run: str
     """The run's folder, for example runs/first."""
-    image: str
-    """The drawing, as the ControlNet saw them in training: white lines on black for lineart and canny."""
-    prompt: str
-    """What to paint."""
+    image: tuple[str, ...] = ()
+    """The drawing, as the ControlNet saw them in training: white lines on black for lineart and canny. Several are
+    painted one after the other."""
+    prompt: tuple[str, ...] = ()
+    """What to paint: one for each drawing, or one for all of them; several with one drawing paint it several times."""
+    pairs: str | None = None
+    """A JSONL file instead of image and prompt, one line per picture: {"image": "a.png", "prompt": "a dog"}, with a
+    "seed" of its own where it is given. Images are named from the file's folder."""
     out: str | None = None
-    """Where the pictures go: OUT.png, and OUT-grid.png beside it. Default: RUN/samples/IMAGE-SEED."""
+    """Where the pictures go: OUT.png (of several OUT-1.png, OUT-2.png, ...), and OUT-grid.png beside them. Default:
+    RUN/samples/IMAGE-SEED, or PAIRS-SEED."""
     seed: int = 0
     """Of the noise."""
     steps: int = 28
@@ -41,8 +46,14 @@ class SampleConfig:
     """Guidance that the distilled base is told."""
     scale: float = 1.0
     """How strongly the ControlNet acts; 0 is without it."""
+    control_start: float = 0.0
+    """Share of the denoising, 0 to 1, before which the ControlNet does not act. Raise it to leave the layout free."""
+    control_end: float = 1.0
+    """Share of the denoising, 0 to 1, after which the ControlNet no longer acts. Lower it to leave details free."""
+    without: bool = True
+    """Paint each also without control, from the same noise, for the grid. False takes half the time."""
     invert: bool = False
-    """Turn a drawing of black on white around."""
+    """Turn drawings of black on white around."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on the CPU."""
     device: Literal["auto", "cpu"] = "auto"
@@ -52,6 +63,66 @@ class SampleConfig:
         """Refuse impossible values."""
         if self.steps < 1:
             raise UserError(f"steps must be 1 or more, not {self.steps}")
+        if not 0 <= self.control_start < self.control_end <= 1:
+            raise UserError(
+                "control_start and control_end are shares of the denoising, 0 <= start < end <= 1, not "
+                f"{self.control_start:g} and {self.control_end:g}"
+            )
+        if self.pairs is not None and (self.image or self.prompt):
+            raise UserError("give either PAIRS, or IMAGE and PROMPT, not both")
+        if self.pairs is None and not (self.image and self.prompt):
+            raise UserError('give a drawing and what to paint: IMAGE=drawing.png PROMPT="...", or PAIRS=file.jsonl')
+        if len({len(self.image), len(self.prompt)} - {1}) > 1:
+            raise UserError(
+                f"{len(self.image)} images and {len(self.prompt)} prompts do not pair up: give one of each, one prompt "
+                "for each image, or a single one of either"
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture to paint."""
+
+    image: Path
+    prompt: str
+    seed: int
+
+
+def read_pairs(options: SampleConfig) -> list[Pair]:
+    """What to paint, in the order given; at least one. Raises `UserError` naming the line that cannot be read."""
+    if options.pairs is None:
+        count = max(len(options.image), len(options.prompt))
+        images, prompts = (
+            words * count if len(words) == 1 else words for words in (options.image, options.prompt)
+        )  # fmt: skip
+        return [Pair(Path(image), prompt, options.seed) for image, prompt in zip(images, prompts, strict=True)]
+    path = Path(options.pairs)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"PAIRS {path} cannot be read: {error}") from error
+    pairs = [
+        _pair(line, f"{path}, line {i}", path.parent, options.seed) for i, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not pairs:
+        raise UserError(f'PAIRS {path} is empty: it needs lines like {{"image": "a.png", "prompt": "a dog"}}')
+    return pairs
+
+
+def _pair(line: str, where: str, folder: Path, seed: int) -> Pair:
+    """One line of a pairs file. Raises `UserError`."""
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), str) for key in ("image", "prompt")):
+        raise UserError(f'{where}: it needs an image and a prompt, like {{"image": "a.png", "prompt": "a dog"}}')
+    if unknown := sorted({*content} - {"image", "prompt", "seed"}):
+        raise UserError(f"{where}: unknown key '{unknown[0]}'; there is: image, prompt, seed")
+    own = content.get("seed", seed)
+    if not isinstance(own, int) or isinstance(own, bool):
+        raise UserError(f"{where}: seed must be a whole number, not {own!r}")
+    return Pair(folder / content["image"], content["prompt"], own)
 
 
 def fit(drawing: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
@@ -84,11 +155,21 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads((folder / "run.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
 
 
+def destinations(options: SampleConfig, pairs: list[Pair]) -> tuple[list[Path], Path]:
+    """Where each pair's picture goes, and where the grid does."""
+    stem = Path(options.pairs).stem if options.pairs is not None else pairs[0].image.stem
+    out = Path(options.out or Path(options.run) / "samples" / f"{stem}-{options.seed}")
+    name = out.name.removesuffix(".png")
+    names = [name] if len(pairs) == 1 else [f"{name}-{i}" for i in range(1, len(pairs) + 1)]
+    return [out.with_name(f"{picture}.png") for picture in names], out.with_name(f"{name}-grid.png")
+
+
 def sample(options: SampleConfig) -> int:
-    """Paint, with and without control, and write the picture and a grid. Exit code 0."""
+    """Paint, with and without control, and write the pictures and a grid of a row for each. Exit code 0."""
     folder = Path(options.run)
     facts, trained = read_run(folder)
-    drawing = read_drawing(Path(options.image), options.invert)
+    pairs = read_pairs(options)
+    drawings = [read_drawing(pair.image, options.invert) for pair in pairs]  # all, before anything is loaded
 
     import torch
 
@@ -99,9 +180,11 @@ def sample(options: SampleConfig) -> int:
     from shared.report import quiet_libraries, say, warn
 
     quiet_libraries()
-    placed = np.asarray(fit(drawing, [(width, height) for width, height in facts["sizes"]]))
-    if {"lineart", "canny"} & {*facts["condition"]} and placed.mean() > 127:
-        warn("this drawing is mostly white; the ControlNet was trained on white lines on black: try --invert True")
+    sizes = [(width, height) for width, height in facts["sizes"]]
+    placed = [np.asarray(fit(drawing, sizes)) for drawing in drawings]
+    for pair, drawing in zip(pairs, placed, strict=True):
+        if {"lineart", "canny"} & {*facts["condition"]} and drawing.mean() > 127:
+            warn(f"{pair.image} is mostly white; the ControlNet was trained on white lines on black: try --invert True")
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
     precise = options.precision == "fp32" or (options.precision == "auto" and device == "cpu")
     family = families.get(facts["family"])
@@ -109,30 +192,41 @@ def sample(options: SampleConfig) -> int:
     model = resolve(facts["model"]["name"], sorted(components), facts["model"]["revision"])
     paint = family.open_painter(model, folder / "controlnet", device, torch.float32 if precise else torch.bfloat16)
 
-    def painted(scale: float) -> NDArray[np.uint8]:
+    def painted(pair: Pair, drawing: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
         return paint(
             Order(
-                drawings=[placed],
-                prompts=[options.prompt],
-                seeds=[options.seed],
+                drawings=[drawing],
+                prompts=[pair.prompt],
+                seeds=[pair.seed],
                 num_steps=options.steps,
                 guidance=options.guidance,
                 scale=scale,
                 text_length=facts["text_length"],
                 control_mode=trained["controlnet"]["control_mode"],
+                control_start=options.control_start,
+                control_end=options.control_end,
             )
         )[0]
 
-    default = folder / "samples" / f"{Path(options.image).stem}-{options.seed}"
-    out = Path(options.out or default).with_suffix("")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    controlled = painted(options.scale)
-    sheet = grid([[placed, controlled, painted(0.0)]], ("drawing", f"with control, scale {options.scale:g}", "without"))
-    for path, picture in ((out.with_suffix(".png"), controlled), (out.with_name(f"{out.name}-grid.png"), sheet)):
-        with atomic.writing(path) as file:
-            Image.fromarray(picture).save(file, format="PNG")
+    paths, sheet_path = destinations(options, pairs)
+    sheet_path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for pair, drawing, path in zip(pairs, placed, paths, strict=True):
+        controlled = painted(pair, drawing, options.scale)
+        _write(path, controlled)
         say(str(path))
+        rows.append([drawing, controlled, *([painted(pair, drawing, 0.0)] if options.without else [])])
+    control = f"with control, scale {options.scale:g}"
+    if (options.control_start, options.control_end) != (0.0, 1.0):
+        control += f", {options.control_start:g} to {options.control_end:g}"
+    _write(sheet_path, grid(rows, ["drawing", control, "without"][: len(rows[0])]))
+    say(str(sheet_path))
     return 0
+
+
+def _write(path: Path, picture: NDArray[np.uint8]) -> None:
+    with atomic.writing(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
 
 
 def main() -> int:

@@ -110,6 +110,10 @@ class Order:
     text_length: int
     """T5 tokens: the length of the training cache."""
     control_mode: int | None = None
+    control_start: float = 0.0
+    """Share of the denoising before which the ControlNet does not act, in [0, 1)."""
+    control_end: float = 1.0
+    """Share of the denoising after which the ControlNet no longer acts, in (0, 1]."""
 
 
 Paint = Callable[[Order], list[NDArray[np.uint8]]]
@@ -125,6 +129,14 @@ class Family(ABC):
     base_component: ClassVar[str]
     """Folder of the model that holds the trained base."""
     default_model: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    """diffusers' pipeline that paints with a ControlNet."""
+    controlnet_class: ClassVar[str]
+    """diffusers' class of this family's ControlNets."""
+    single_file_needs: ClassVar[str]
+    """The tensor by which programs that read a ControlNet from a single file know this family's."""
+    licences: ClassVar[Mapping[str, Mapping[str, str]]]
+    """Hub id of a base to its licence, as a model card's metadata states it."""
     size_multiple: ClassVar[int]
     """Height and width are multiples of this many pixels."""
     layers: ClassVar[tuple[LayerKind, ...]]

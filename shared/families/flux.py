@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,17 @@ class Flux(Family):
     base_class = "FluxTransformer2DModel"
     base_component = "transformer"
     default_model = "black-forest-labs/FLUX.1-dev"
+    pipeline_class = "FluxControlNetPipeline"
+    controlnet_class = "FluxControlNetModel"
+    single_file_needs = "controlnet_blocks.0.weight"  # ComfyUI: comfy/controlnet.py, load_controlnet_state_dict
+    licences: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "black-forest-labs/FLUX.1-dev": {
+            "license": "other",
+            "license_name": "flux-1-dev-non-commercial-license",
+            "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+        },
+        "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
+    }
     size_multiple = 16  # VAE 8x, then 2x2 latents to a token
     max_text_length = 512
     pooled = "clip.pooled_prompt_embeds"
@@ -460,6 +471,8 @@ class Flux(Family):
                 num_inference_steps=order.num_steps,
                 guidance_scale=order.guidance,
                 controlnet_conditioning_scale=order.scale,
+                control_guidance_start=order.control_start,
+                control_guidance_end=order.control_end,
                 max_sequence_length=order.text_length,
                 generator=[torch.Generator().manual_seed(seed) for seed in order.seeds],
             ).images

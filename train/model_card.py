@@ -1,0 +1,182 @@
+"""The card of an exported ControlNet: base, licence, data, training figures, pictures, the code to use it.
+
+Markdown below a block of metadata in YAML, as the hub reads a model's README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+REPO = "YOUR-NAME/YOUR-MODEL"
+"""Stands in the card for the repository's name until the upload, which knows it."""
+
+_LINES = {"lineart", "lineart_anime", "softedge", "canny"}
+"""Conditions that draw white lines on black."""
+_OPTIONS = (
+    ("Learning rate", "optimizer.learning_rate"),
+    ("Precision", "precision"),
+    ("Timesteps", "objective.timesteps"),
+    ("Seed", "seed"),
+)
+_FIGURES = (
+    ("loss", "loss with the sample's own drawing"),
+    ("loss_without_control", "loss without control"),
+    ("loss_other_drawing", "loss with another sample's drawing"),
+    ("condition_gap", "by how much its own drawing beats another's"),
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says."""
+
+    name: str
+    """Of the model, its heading."""
+    base: str
+    """Hub id of the base, or the name of a local folder."""
+    on_hub: bool
+    """Whether `base` is a hub id."""
+    licence: Mapping[str, str]
+    """The metadata's licence fields: "license", and for others "license_name" and "license_link"."""
+    pipeline_class: str
+    controlnet_class: str
+    depth: tuple[int, int]
+    """Blocks of the ControlNet: (num_layers, num_single_layers)."""
+    num_parameters: int
+    dtype: str
+    """Of the weights' file: bfloat16."""
+    conditions: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    """Trained sizes in pixels, (width, height)."""
+    text_length: int
+    """T5 tokens."""
+    guidance: float
+    control_mode: int | None
+    """Of a union ControlNet, the mode that was trained."""
+    step: int
+    data: str | None
+    """A sentence about the training data."""
+    fingerprints: Mapping[str, str]
+    """Layers of the cache to their fingerprints."""
+    options: Mapping[str, Any]
+    """The run's options by full name."""
+    held_out: Mapping[str, float]
+    """Figures of the last look at the held-out samples, and the "step" it was at; empty where there was none."""
+    versions: Mapping[str, str]
+    pictures: tuple[str, ...]
+    """Paths below the card."""
+    single_file: str | None
+    """The file for programs that take one file; None where they cannot read this ControlNet."""
+
+
+def model_card(card: Card) -> str:
+    """The card as Markdown with its metadata."""
+    metadata: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        **({"base_model": card.base, "base_model_relation": "adapter"} if card.on_hub else {}),
+        **card.licence,
+        "tags": ["controlnet", *card.conditions],
+    }
+    condition = " or ".join(card.conditions)
+    kind = " drawings: white lines on black" if {*card.conditions} <= _LINES else " pictures"
+    double, single = card.depth
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
+        f"# {card.name}",
+        f"A ControlNet for {_base(card)} that follows {condition}{kind}. It has {double} double and {single} "
+        f"single blocks: {card.num_parameters:,} parameters in {card.dtype}.",
+        *(f"![]({picture})" for picture in card.pictures),
+        "## Use",
+        f"```python\n{_code(card)}\n```",
+        _files(card),
+        "## Training",
+        _table(card),
+        _figures(card),
+        "## Data",
+        card.data or "The author has not said what it was trained on.",
+        _fingerprints(card),
+        "## Licence",
+        _licence(card),
+        "Trained with Underdrawing (" + ", ".join(f"{name} {text}" for name, text in card.versions.items()) + ").",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _base(card: Card) -> str:
+    return f"[{card.base}](https://huggingface.co/{card.base})" if card.on_hub else f"`{card.base}`"
+
+
+def _code(card: Card) -> str:
+    """A program that paints one picture."""
+    width, height = min(card.sizes, key=lambda size: (abs(math.log(size[0] / size[1])), -size[0]))  # the squarest
+    mode = "" if card.control_mode is None else f"control_mode={card.control_mode}, "
+    return f"""\
+import torch
+from diffusers import {card.controlnet_class}, {card.pipeline_class}
+from diffusers.utils import load_image
+
+controlnet = {card.controlnet_class}.from_pretrained("{REPO}", torch_dtype=torch.bfloat16)
+pipeline = {card.pipeline_class}.from_pretrained(
+    "{card.base}", controlnet=controlnet, torch_dtype=torch.bfloat16
+).to("cuda")
+picture = pipeline(
+    "what to paint",
+    control_image=load_image("drawing.png"),
+    width={width},
+    height={height},
+    {mode}controlnet_conditioning_scale=1.0,
+    control_guidance_end=1.0,
+    num_inference_steps=28,
+    guidance_scale={card.guidance:g},
+    max_sequence_length={card.text_length},
+).images[0]
+picture.save("picture.png")"""
+
+
+def _files(card: Card) -> str:
+    if card.single_file is None:
+        return ""
+    return (
+        f"For ComfyUI, put `{card.single_file}` into `models/controlnet` and load it with *Load ControlNet Model*; "
+        "*Apply ControlNet* takes the base's VAE beside it."
+    )
+
+
+def _table(card: Card) -> str:
+    sizes = ", ".join(f"{width} x {height}" for width, height in card.sizes)
+    rows = [("Steps", f"{card.step:,}"), ("Sizes (width x height, pixels)", sizes)]
+    rows += [("T5 tokens", str(card.text_length)), ("Guidance while training", f"{card.guidance:g}")]
+    rows += [(title, str(card.options[name])) for title, name in _OPTIONS if name in card.options]
+    return "\n".join(["| | |", "|---|---|", *(f"| {title} | {text} |" for title, text in rows)])
+
+
+def _figures(card: Card) -> str:
+    known = [(text, card.held_out[name]) for name, text in _FIGURES if name in card.held_out]
+    if not known:
+        return "No samples were held out, so there are no figures about pictures that it has not seen."
+    lines = [f"On samples that were held out, at step {card.held_out['step']:g}:", ""]
+    return "\n".join([*lines, "| | |", "|---|---|", *(f"| {text} | {figure:.4f} |" for text, figure in known)])
+
+
+def _fingerprints(card: Card) -> str:
+    if not card.fingerprints:
+        return ""
+    named = ", ".join(f"{layer} `{fingerprint[:8]}`" for layer, fingerprint in card.fingerprints.items())
+    return f"Fingerprints of the cache it was trained from: {named}."
+
+
+def _licence(card: Card) -> str:
+    name = card.licence.get("license_name", card.licence["license"])
+    link = card.licence.get("license_link")
+    if name == "unknown":
+        return f"Made from the first blocks of {_base(card)}, whose licence governs this ControlNet, too."
+    return (
+        f"{f'[{name}]({link})' if link else name}. It is made from the first blocks of {_base(card)}, whose licence "
+        "governs it, too."
+    )
