@@ -1,15 +1,8 @@
-"""Facts of a cache -> one HTML page that needs nothing but itself.
-
-Everything that comes from the cache is hostile: in HTML it is escaped, the gallery's data are JSON in which no tag can
-begin, and the page's content security policy lets no other script, style or request in than the ones written here.
-"""
+"""Facts of a cache -> one HTML page that needs nothing but itself. Everything that comes from the cache is hostile: see
+`shared.page`."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape as e
@@ -23,6 +16,7 @@ from shared.inspect.failures import Failure
 from shared.inspect.gather import Facts, LatentsFacts
 from shared.inspect.statistics import OUTLIER_SCORE, STATISTICS, Statistics
 from shared.inspect.words import num_bytes, plural
+from shared.page import assemble, base_style, script_json
 
 _SHOWN_REASON = 1000
 _SHOWN_PROBLEMS = 50
@@ -33,15 +27,8 @@ _SHOWN_OUTLIERS = 12
 
 def page(facts: Facts, made_at: datetime) -> str:
     """The page. `made_at` is the time that it states."""
-    style, script = _file("style.css"), _file("app.js")
     parts = {
         "title": e(_name(facts)),
-        "policy": e(
-            f"default-src 'none'; img-src data:; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; "
-            "base-uri 'none'; form-action 'none'"
-        ),
-        "style": style,
-        "script": script,
         "header": _header(facts, made_at),
         "layers": _layers(facts),
         "sizes": _sizes(facts),
@@ -51,27 +38,13 @@ def page(facts: Facts, made_at: datetime) -> str:
         "gallery": _gallery_lead(facts),
         "num_samples": f"{len(facts.gallery.samples):,}",
         "num_outliers": f"{cards.num_outliers(facts):,}",
-        "data": _json(cards.data(facts)),
+        "data": script_json(cards.data(facts)),
     } | {f"{name}_options": _options(choices) for name, choices in cards.choices(facts).items()}
-    # In one pass: what a part says of braces is not looked at again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("template.html"))
+    return assemble(_file("template.html"), parts, style=base_style() + _file("style.css"), script=_file("app.js"))
 
 
 def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _sha256(text: str) -> str:
-    """A script or style as a content security policy names it."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _json(value: Any) -> str:
-    """JSON that can stand in a script element: no tag, comment or entity can begin in it."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _options(choices: Iterable[cards.Choice]) -> str:
