@@ -11,31 +11,22 @@ import base64
 import html
 import io
 import json
-import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from examples import adherence, shapes
-from examples.shapes import Drawing
-from preprocess import conditions
-from shared import atomic, families
+from examples import adherence
+from examples.tiny_world import PREPROCESS_RECIPE, TRAIN_RECIPE, Painter, draw_pictures, stage, text_length_of
+from shared import atomic
 from shared.config import load
 from shared.errors import UserError, run_command_line
-from shared.families.base import Family, Order
-from shared.model_folder import ModelFolder, resolve
 from shared.pictures import grid
 from shared.report import quiet_libraries, say
-
-PREPROCESS_RECIPE, TRAIN_RECIPE = "preprocess/recipes/demo.yaml", "train/recipes/demo.yaml"
-TEST_SEED, PAINT_STEPS, GUIDANCE = 90_001, 8, 3.5
 
 
 @dataclass(frozen=True)
@@ -75,9 +66,7 @@ def demo(options: DemoConfig) -> int:
     began = time.perf_counter()
     folder = Path(options.folder)
     data, cache = folder / "pictures", folder / "cache"
-    if not (data / "metadata.jsonl").is_file():
-        say(f"drawing {options.count + options.held_out} pictures into {data}")
-        draw_pictures(data, options)
+    draw_pictures(data, options.count, options.held_out, options.data_seed, exchanged=options.shuffled)
     condition = ["--condition", "precomputed"] if options.shuffled else []
     stage("preprocess", PREPROCESS_RECIPE, "--data", data, "--cache", cache, "--model", options.model, *condition)
     steps = [] if options.steps is None else ["--steps", options.steps]
@@ -87,12 +76,10 @@ def demo(options: DemoConfig) -> int:
 
     say("painting held-out drawings, with and without control")
     quiet_libraries()
-    tests = list(shapes.pictures(options.test, TEST_SEED, "test"))
-    drawings = list(draw_conditions([test.image for test in tests]))
-    family, model = families.get("flux"), resolve(options.model, ())
-    device = "cuda" if _has_gpu() else "cpu"
-    pictures = paint(family, model, run, device, tests, drawings)
-    pictures["ceiling"] = reconstruct(family, model, device, [test.image for test in tests])
+    painter = Painter.open(options.model, options.test)
+    tests, drawings = painter.tests, painter.drawings
+    without, controlled = painter.paint(run / "controlnet", text_length_of(run), 0.0, 1.0)
+    pictures = {"without": without, "with": controlled, "ceiling": painter.reconstruct()}
     figures = {name: adherence.measure(images, tests).as_dict() for name, images in pictures.items()}
 
     rows = [
@@ -106,88 +93,6 @@ def demo(options: DemoConfig) -> int:
     write_report(folder, figures, sheet, run, seconds, options)
     say_what_next(folder, run, seconds, figures)
     return 0
-
-
-def draw_pictures(data: Path, options: DemoConfig) -> None:
-    """Write the pictures with their captions; in the control experiment also the exchanged drawings."""
-    part = data.with_name(data.name + atomic.PART)
-    if part.exists():
-        shutil.rmtree(part)
-    with atomic.writing_directory(data) as unfinished:
-        shapes.write_dataset(unfinished, options.count, options.data_seed, split="train")
-        shapes.write_dataset(unfinished, options.held_out, options.data_seed + 1, split="validation")
-        if options.shuffled:
-            _exchange_drawings(unfinished, options.data_seed)
-
-
-def _exchange_drawings(data: Path, seed: int) -> None:
-    path = data / "metadata.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    images = [np.asarray(Image.open(data / line["file_name"])) for line in lines]
-    for line, other in zip(lines, np.random.default_rng(seed).permutation(len(lines)), strict=True):
-        line["conditioning_image"] = f"drawing-of-{lines[other]['file_name']}"
-        drawing = next(draw_conditions([images[other]]))
-        Image.fromarray(drawing).save(data / line["conditioning_image"])
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def draw_conditions(images: list[NDArray[np.uint8]]) -> Any:
-    """The condition's drawing of each image, uint8 (H, W, 3): what the preprocessing stage draws."""
-    canny = conditions.get("canny")
-    with canny(canny.Options()).open("cpu") as draw:
-        for image in images:
-            yield draw(image[None])[0, 0]
-
-
-def stage(name: str, recipe: str, *arguments: object) -> None:
-    """Run one stage as a user does, its output going straight to the terminal. Raises `UserError` if it fails."""
-    command = ["-m", name, "--recipe", recipe, *(str(argument) for argument in arguments)]
-    say(f"\n$ python {' '.join(command)}")
-    code = subprocess.run([sys.executable, *command], check=False).returncode
-    if code:
-        raise UserError(f"{name} ended with exit code {code}; see above")
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def paint(
-    family: Family, model: ModelFolder, run: Path, device: str, tests: list[Drawing], drawings: list[NDArray[np.uint8]]
-) -> dict[str, list[NDArray[np.uint8]]]:
-    """Pictures of the test drawings with control and, from the same noise, without it."""
-    import torch
-
-    facts = json.loads((run / "run.json").read_text())
-    painter = family.open_painter(model, run / "controlnet", device, torch.float32)
-    pictures = {}
-    for name, scale in (("without", 0.0), ("with", 1.0)):
-        pictures[name] = painter(
-            Order(
-                drawings=drawings,
-                prompts=[test.caption for test in tests],
-                seeds=list(range(len(tests))),
-                num_steps=PAINT_STEPS,
-                guidance=GUIDANCE,
-                scale=scale,
-                text_length=facts["text_length"],
-            )
-        )
-    return pictures
-
-
-def reconstruct(family: Family, model: ModelFolder, device: str, images: list[NDArray[np.uint8]]) -> list[Any]:
-    """Images through the VAE and back: no model that paints in its latents can do better."""
-    import torch
-
-    kind = next(layer for layer in family.layers if layer.name == "latents")
-    moments = family.open_encoder(kind, model, device, torch.float32, 1)(np.stack(images))
-    recipe = family.encoder_recipe(kind, model, 1)
-    x_0 = family.model_latents(moments, recipe, None, torch.float32)
-    height, width = images[0].shape[:2]
-    return list(family.open_decoder(model, device, torch.float32)(x_0, height, width).numpy())
 
 
 def write_report(

@@ -11,35 +11,18 @@ import pytest
 from PIL import Image
 
 from examples import demo as module
-from examples.demo import DemoConfig, demo, draw_pictures
+from examples.demo import DemoConfig, demo
+from examples.tiny_world import draw_pictures
 from shared import config
 from shared.errors import UserError
+from tests.stages import run_stage
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages run in this process, by the same words: a fresh one would import torch again."""
-
-    def stage(name: str, recipe: str, *arguments: object) -> None:
-        words = ["--recipe", recipe, *(str(argument) for argument in arguments), "--device", "cpu"]
-        if name == "preprocess":
-            from preprocess.config import PreprocessConfig
-            from preprocess.pipeline import preprocess
-
-            options = config.load(PreprocessConfig, words, command=name)
-            assert options is not None
-            assert preprocess(options) == 0
-        else:
-            from train.config import TrainConfig
-            from train.trainer import train
-
-            train_options = config.load(TrainConfig, [*words, "--tracker", "none"], command=name)
-            assert train_options is not None
-            assert train(train_options) == 0
-
-    monkeypatch.setattr(module, "stage", stage)
+    monkeypatch.setattr(module, "stage", run_stage)
     monkeypatch.chdir(ROOT)
 
 
@@ -61,7 +44,7 @@ def test_the_demo_ends_with_the_adherence_and_leaves_a_grid_and_a_report(
 
 def test_in_the_control_experiment_every_picture_has_anothers_drawing(tmp_path: Path) -> None:
     data = tmp_path / "pictures"
-    draw_pictures(data, DemoConfig(folder=str(tmp_path), count=6, held_out=2, test=2, shuffled=True))
+    draw_pictures(data, 6, 2, 777, exchanged=True)
     lines = config.yaml.safe_load_all((data / "metadata.jsonl").read_text().replace("\n", "\n---\n"))
     pairs = [(line["file_name"], line["conditioning_image"]) for line in lines if line]
     assert len(pairs) == 8
