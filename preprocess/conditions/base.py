@@ -36,6 +36,9 @@ class Condition(ABC, Generic[OptionsT]):
     png_bytes_per_pixel: ClassVar[float] = 1 / 3
     """About how large the drawings are on disk, for the check before the start. Lines: measured 0.1 to 0.3."""
 
+    lines: ClassVar[bool] = True
+    """Whether the drawings are of lines, so that paintings are compared by their edges; else by their structure."""
+
     def __init__(self, options: OptionsT) -> None:
         options.check()
         self.options = options

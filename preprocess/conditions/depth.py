@@ -42,6 +42,7 @@ class Depth(Condition[DepthOptions]):
     Options = DepthOptions
     reads = "image"
     png_bytes_per_pixel = 0.5  # grey everywhere
+    lines = False
 
     def recipe(self) -> dict[str, Any]:
         self._check_model()
