@@ -23,9 +23,10 @@ from shared.model_folder import resolve
 from train.config import TrainConfig
 from train.loader import Loader, LoaderOptions
 from train.optimizer import OptimizerOptions
+from train.preparation import Prepared, decide_fit
 from train.run import Run
 from train.samples import CachedSamples
-from train.trainer import Trainer, decide_fit
+from train.trainer import Trainer
 from train.validation import ValidationOptions
 
 PRELOADED = (
@@ -37,7 +38,7 @@ PRELOADED = (
     "diffusers.schedulers.scheduling_flow_match_euler_discrete",
     "optimum.quanto",
 )
-TIMES = ("data_wait_seconds", "data_wait_share", "step_seconds")
+TIMES = ("data_wait_seconds", "data_wait_share", "step_seconds", "device_hours", "look_seconds", "look_share")
 
 
 def train_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
@@ -118,4 +119,4 @@ def trainer_of(options: TrainConfig) -> Trainer:
     fitted = decide_fit(options, accelerator, flux(), model, samples, None)
     loader = Loader(samples, fitted.loader, seed=options.seed, device=accelerator.device)
     run = Run(Path(options.runs) / options.run_name)
-    return Trainer(options, accelerator, run, flux(), model, fitted, loader, held_out, None)
+    return Trainer(Prepared(options, accelerator, run, {}, flux(), model, fitted, loader, held_out, None))

@@ -1,0 +1,251 @@
+"""What comes before training: everything that can be refused is refused, and what memory there is is shared out,
+before a weight is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from shared import atomic, families
+from shared.cache.reader import Cache
+from shared.errors import EXIT_REFUSED, UserError
+from shared.families.base import Family
+from shared.model_folder import ModelFolder, resolve
+from shared.report import say, warn
+from train import checkpoints, fit
+from train.adapters.controlnet import ControlNetOptions, parse_depth
+from train.config import TrainConfig
+from train.counting import Setting
+from train.loader import Loader
+from train.optimizer import learning_rate
+from train.run import Run
+from train.samples import CachedSamples
+
+
+@dataclass
+class Prepared:
+    """A run of which nothing is refused any more, and nothing is loaded yet."""
+
+    options: TrainConfig
+    accelerator: Accelerator
+    run: Run
+    facts: dict[str, Any]
+    """What `run.json` says that it stands on."""
+    family: Family
+    model: ModelFolder
+    fitted: fit.Fit
+    loader: Loader
+    """Of the training samples, at the position to go on from."""
+    held_out: CachedSamples
+    checkpoint: Path | None
+    """To go on from."""
+
+
+def prepare(options: TrainConfig, stack: ExitStack) -> Prepared | None:
+    """The run that `options` describe, new or to be gone on with; None where it is trained already. The run's folder is
+    this process's own until `stack` closes. Raises `UserError` where something does not fit."""
+    cache = Cache(options.cache, options.remote)
+    family = families.get(cache.family)
+    conditions = options.condition or (cache.manifest["condition"],)
+    samples = CachedSamples(cache, family, conditions, "train")
+    held_out = CachedSamples(cache, family, conditions, "validation")
+    if not len(samples):
+        raise UserError(f"{cache.url} has no sound sample to train on")
+    model = resolve(
+        options.model or cache.manifest["model"]["name"],
+        components=(family.base_component, "vae", "scheduler"),
+        revision=options.revision or (None if options.model else cache.manifest["model"]["revision"]),
+    )
+    remark = family.check_base(model, samples.shapes, samples.recipes)
+    _refuse_depth(family, model, options)
+    facts = {
+        "family": family.name,
+        "model": {"name": model.name, "revision": model.revision},
+        "condition": list(conditions),
+        "cache": samples.fingerprints,
+        "sizes": [list(size) for size in samples.sizes],
+        "text_length": samples.text_length,
+    }
+    accelerator = _accelerator(options)
+    main = accelerator.is_main_process
+    run = Run(Path(options.runs) / options.run_name)
+    before, checkpoint = _begun_before(run, options, facts, accelerator, stack)
+    fitted = decide_fit(options, accelerator, family, model, samples, checkpoint)
+    loader = Loader(
+        samples,
+        fitted.loader,
+        seed=options.seed,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+    if checkpoint is not None:
+        if main:
+            checkpoints.link(run.folder, checkpoint)  # a kill may have come between the two
+        if (done := checkpoints.step_of(checkpoint)) >= options.steps:
+            if main:
+                say(f"{run.folder} is already trained to step {done}: raise STEPS to go on, or choose another NAME")
+            return None
+        loader.load_state(checkpoints.state(checkpoint)["loader"])
+    if main:
+        unread = family.unread_residuals(model, _depth(family, options, checkpoint))
+        _warn(options, remark, unread, (samples, held_out), before if loader.step else None)
+    return Prepared(options, accelerator, run, facts, family, model, fitted, loader, held_out, checkpoint)
+
+
+def _refuse_depth(family: Family, model: ModelFolder, options: TrainConfig) -> None:
+    depth, deepest = parse_depth(options.depth), family.max_depth(model)
+    if options.controlnet.start_from is None and (depth[0] > deepest[0] or depth[1] > deepest[1]):
+        raise UserError(
+            f"DEPTH {options.depth} is deeper than the base: {model.name} has "
+            f"{deepest[0]}-{deepest[1]} blocks to start from"
+        )
+
+
+def _depth(family: Family, options: TrainConfig, checkpoint: Path | None) -> tuple[int, int]:
+    """Of the ControlNet that is trained: as asked for, or as the one has it that is gone on with."""
+    if (start := options.controlnet.start_from) is None:
+        return parse_depth(options.depth)
+    return family.controlnet_depth(start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET))
+
+
+def _accelerator(options: TrainConfig) -> Accelerator:
+    if options.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("tracker wandb: the package is not installed; run pip install wandb")
+    return Accelerator(
+        cpu=options.device == "cpu",
+        log_with=None if options.tracker == "none" else options.tracker,
+        project_dir=str(Path(options.runs) / options.run_name),
+    )
+
+
+def _begun_before(
+    run: Run, options: TrainConfig, facts: dict[str, Any], accelerator: Accelerator, stack: ExitStack
+) -> tuple[dict[str, Any] | None, Path | None]:
+    """The options of the run's last start, and the checkpoint to go on from. The main process takes hold of the folder
+    and looks; all take its answer, and where it refuses they end without a word, for it has said why."""
+    nothing, refused = -1, -2
+    step, before, refusal = nothing, None, None
+    if accelerator.is_main_process:
+        try:
+            stack.enter_context(atomic.alone(run.folder, "training in"))
+            before = run.refuse_other(options, facts)
+            if (found := checkpoints.newest(run.folder)) is not None:
+                step = checkpoints.step_of(found)
+        except UserError as error:
+            step, refusal = refused, error
+    if accelerator.num_processes > 1:
+        step = int(broadcast(torch.tensor(step, device=accelerator.device)).item())
+    if refusal is not None:
+        raise refusal
+    if step == refused:
+        raise SystemExit(EXIT_REFUSED)
+    return before, None if step == nothing else checkpoints.path_of(run.folder, step)
+
+
+def decide_fit(
+    options: TrainConfig,
+    accelerator: Accelerator,
+    family: Family,
+    model: ModelFolder,
+    samples: CachedSamples,
+    checkpoint: Path | None,
+) -> fit.Fit:
+    """Batches, and what is given up for memory: decided by the largest step that will come."""
+    width, height = max(samples.sizes, key=lambda size: size[0] * size[1])
+    dtype, weights = dtypes(options, accelerator.device)
+    setting = Setting(
+        depth=_depth(family, options, checkpoint),
+        height=height,
+        width=width,
+        text_length=samples.text_length or 0,
+        family=family.name,
+        model=model,
+        base=options.base.weights,
+        dtype=dtype,
+        weights=weights,
+        optimizer=options.optimizer,
+    )
+    free_bytes = fit.free_bytes(accelerator)
+    if accelerator.is_main_process and (free_bytes is not None or options.memory.budget != "auto"):
+        say("counting what a step will take ...")
+    fitted = fit.decide(
+        options.memory,
+        options.loader,
+        setting,
+        device=accelerator.device,
+        free_bytes=free_bytes,
+        num_processes=accelerator.num_processes,
+        saved=None if checkpoint is None else checkpoints.state(checkpoint)["loader"],
+    )
+    options.optimizer.check_release(fitted.loader.accumulation, accelerator.num_processes)
+    if accelerator.is_main_process and (words := fitted.words()) is not None:
+        say(words)
+    return fitted
+
+
+def _warn(
+    options: TrainConfig,
+    remark: str | None,
+    unread: tuple[int, int],
+    parts: tuple[CachedSamples, CachedSamples],
+    before: dict[str, Any] | None,
+) -> None:
+    """Say what will not be as the user may think. `before`: the options of the run that is gone on with."""
+    for samples in parts:
+        if samples.num_left_out:
+            what = "training" if samples.split == "train" else "held-out"
+            warn(f"{samples.num_left_out} {what} sample(s) are left out: samples.parquet in the cache says why")
+    if not len(parts[1]):
+        warn("the cache has no held-out samples: no held-out loss and no pictures")
+    unused = [f"objective.{name}" for name in options.objective.unused()]
+    unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
+    unused += [f"memory.{name}" for name in options.memory.unused()]
+    unused += [f"loader.{name}" for name in options.loader.unused(remote=parts[0].cache.storage.remote)]
+    if options.controlnet.start_from is not None and options.controlnet.embedder != ControlNetOptions.embedder:
+        unused.append("controlnet.embedder")
+    if not options.loader.condition_draw and "condition_latents.std" not in parts[0].shapes:
+        unused.append("loader.condition_draw")  # of a posterior that is no more, nothing can be drawn
+    for name in unused:
+        warn(f"option {name} has no effect with the other options as they are")
+    if remark:
+        warn(remark)
+    for count, kind in zip(unread, ("double", "single"), strict=True):
+        if count:
+            warn(
+                f"of this ControlNet's {kind} residuals the base never adds the last {count}: it shares them out over "
+                "its blocks evenly, and they come out before they are used up. A smaller DEPTH does as much for less"
+            )
+    if options.steps <= options.optimizer.warmup_steps:
+        warn(
+            f"the run ends within its warm-up: after {options.steps} steps the learning rate is "
+            f"{learning_rate(options.optimizer, options.steps - 1, options.steps):.3g}, the peak of "
+            f"{options.optimizer.learning_rate:.3g} comes at {options.optimizer.warmup_steps}; lower "
+            "optimizer.warmup_steps"
+        )
+    if before is not None and before["steps"] != options.steps and options.optimizer.schedule != "constant":
+        warn(
+            f"steps were {before['steps']}, are {options.steps}: from here on the {options.optimizer.schedule} "
+            "schedule is that of the new number, so the learning rate jumps"
+        )
+
+
+def dtypes(options: TrainConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Of the computation, and of the trained weights."""
+    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    named["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compute = named[options.precision]
+    weights = compute if options.controlnet.weights == "auto" else named[options.controlnet.weights]
+    if (compute, weights) == (torch.float32, torch.bfloat16):
+        raise UserError(
+            "controlnet.weights bf16 are computed in bf16, but the precision is fp32: set precision bf16 too, or leave "
+            "controlnet.weights out"
+        )
+    return compute, weights
