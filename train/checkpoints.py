@@ -1,12 +1,14 @@
 """Checkpoints: the ControlNet as diffusers reads it, and beside it all that an exact resume needs.
 
     checkpoints/step-00000400/
-      controlnet/            config.json, diffusion_pytorch_model.safetensors
+      controlnet/            config.json, diffusion_pytorch_model.safetensors; beside it whatever else of the kind is kept
       optimizer.safetensors  the optimizer's tensors, in 8 bit where it keeps 8 bit
       state.json             step, position of the loader, settings; checksums of every file here and its own.
                              Written last
 
-A checkpoint appears whole or not at all. A damaged one is passed over for the one before, saying so.
+A checkpoint appears whole or not at all: it gets its name when its files were flushed, read back, and held against what
+they were made from, and older ones go only then. One that is damaged later is passed over for the one before, saying
+so.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,12 @@ from shared import atomic
 from shared.cache import schema
 from shared.errors import UserError, disk_full
 from shared.report import warn
+from train import readback
+from train.readback import NotAsMeantError, SaveWeights
 
 CONTROLNET, OPTIMIZER, STATE = "controlnet", "optimizer.safetensors", "state.json"
+BEST = "best"
+"""A link in the run's folder to a checkpoint that stays, however many newer ones there are."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class CheckpointOptions:
     """When to save, and how much to keep."""
 
     every: int = 500
-    """Steps between checkpoints. The last step is always saved."""
+    """Steps between checkpoints. The last step is always saved. Each is written and read back once."""
     keep: int = 2
     """The newest checkpoints that stay on disk (5-10 takes 13 GB each with 8-bit Adam), and one more while saving; 0
     keeps all."""
@@ -51,39 +57,86 @@ class CheckpointOptions:
 def save(
     folder: Path,
     step: int,
-    save_weights: Callable[[Path], None],
+    save_weights: SaveWeights,
     tensors: dict[str, torch.Tensor],
     state: dict[str, Any],
     keep: int,
+    beside: Mapping[str, SaveWeights] | None = None,
 ) -> Path:
     """Write the checkpoint of `step` into the run's `folder`, link `controlnet` to it, drop all but the last `keep`.
 
-    Raises `UserError` where the disk is full; the checkpoints before are untouched.
+    `beside`: further folders of weights, by name. What comes back from the disk other than it was meant is written once
+    more. Raises `UserError` where the disk is full, or was wrong twice; the checkpoints before are untouched.
     """
     path = path_of(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in path.parent.glob(f"*{atomic.PART}"):
-        shutil.rmtree(unfinished)  # a kill while saving left it
+    _clear(folder)
     for passed_over in all_newest_first(folder):
         if step_of(passed_over) >= step:  # a damaged one: training goes on from an undamaged one before it
-            shutil.rmtree(passed_over)
+            _remove(passed_over)
+    weights = {CONTROLNET: save_weights, **(beside or {})}
+    for second in (False, True):
+        try:
+            _write(path, step, weights, tensors, state)
+            break
+        except NotAsMeantError as error:
+            if second:
+                raise UserError(
+                    f"checkpoint {path}: {error}, twice in a row. The disk, or the way to it, cannot be trusted; the "
+                    "checkpoints before are as they were, and the same command goes on from them"
+                ) from error
+            warn(f"checkpoint {path}: {error}; it is written once more")
+    settle(folder, path, keep)
+    return path
+
+
+def _write(
+    path: Path,
+    step: int,
+    weights: Mapping[str, SaveWeights],
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+) -> None:
+    """Write, read back, name. Raises `NotAsMeantError` where the disk does not hold what it was given."""
     try:
         with atomic.writing_directory(path) as part:
-            save_weights(part / CONTROLNET)
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / OPTIMIZER)
-            files = sorted(file for file in part.rglob("*") if file.is_file())
-            sums = {str(file.relative_to(part)): schema.file_checksum(file) for file in files}
-            content = schema.seal({"step": step, **state, "files": sums})
-            (part / STATE).write_bytes(atomic.json_bytes(content))
-            for file in files:
-                shutil.copymode(part / STATE, file)  # safetensors makes files that nobody else may read
+            on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            saved = {name: save_weights(part / name) for name, save_weights in weights.items()}
+            save_file(on_host, part / OPTIMIZER)
+            meant = {name: tensors for name, tensors in saved.items() if tensors is not None}
+            sums = readback.checksums(part, {**meant, OPTIMIZER: on_host})
+            content = atomic.json_bytes(schema.seal({"step": step, **state, "files": sums}))
+            (part / STATE).write_bytes(content)
+            for name in sums:
+                shutil.copymode(part / STATE, part / name)  # safetensors makes files that nobody else may read
+            readback.verify(part, {**sums, STATE: schema.checksum(content)})
     except SafetensorError as error:
         raise _disk_full(error, path) or error from error
+
+
+def settle(folder: Path, path: Path, keep: int) -> None:
+    """Make the run's `folder` what it is after saving the checkpoint at `path`, also where a kill came in between:
+    linked to it, with the last `keep` checkpoints and the best one, and nothing half."""
+    _clear(folder)
     link(folder, path)
     if keep:
-        for old in all_newest_first(folder)[keep:]:
-            shutil.rmtree(old)
-    return path
+        at_most = [old for old in all_newest_first(folder) if old <= path]  # a newer one is damaged: the next save's
+        for old in at_most[keep:]:
+            if old != best(folder):
+                _remove(old)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a kill left while it was written or removed."""
+    for unfinished in (folder / "checkpoints").glob(f"*{atomic.PART}"):
+        shutil.rmtree(unfinished)
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint that is half removed no longer has its name."""
+    part = path.with_name(path.name + atomic.PART)
+    os.replace(path, part)
+    shutil.rmtree(part)
 
 
 def _disk_full(error: SafetensorError, path: Path) -> UserError | None:
@@ -94,10 +147,24 @@ def _disk_full(error: SafetensorError, path: Path) -> UserError | None:
 
 def link(folder: Path, path: Path) -> None:
     """Make the run's `controlnet` a relative link to the ControlNet of the checkpoint at `path`, in one rename."""
-    name = folder / CONTROLNET
+    _link(folder / CONTROLNET, path / CONTROLNET)
+
+
+def mark_best(folder: Path, path: Path) -> None:
+    """From now on the checkpoint at `path` is the best of the run, and stays."""
+    _link(folder / BEST, path)
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint that was marked as the best; None where there is none, or none any more."""
+    name = folder / BEST
+    return path_of(folder, step_of(Path(os.readlink(name)))) if name.is_symlink() and name.is_dir() else None
+
+
+def _link(name: Path, target: Path) -> None:
     part = name.with_name(name.name + atomic.PART)
     part.unlink(missing_ok=True)
-    part.symlink_to(os.path.relpath(path / CONTROLNET, folder))
+    part.symlink_to(os.path.relpath(target, name.parent))
     os.replace(part, name)
 
 

@@ -88,7 +88,7 @@ def prepare(options: TrainConfig, stack: ExitStack) -> Prepared | None:
     )
     if checkpoint is not None:
         if main:
-            checkpoints.link(run.folder, checkpoint)  # a kill may have come between the two
+            checkpoints.settle(run.folder, checkpoint, options.checkpoint.keep)  # a kill may have come before
         if (done := checkpoints.step_of(checkpoint)) >= options.steps:
             if main:
                 say(f"{run.folder} is already trained to step {done}: raise STEPS to go on, or choose another NAME")

@@ -1,11 +1,14 @@
-"""A checkpoint is whole or absent; a damaged one is passed over; nothing older than asked is kept."""
+"""A checkpoint is whole or absent, and on the disk is what was meant; a damaged one is passed over; nothing older than
+asked is kept, but the best."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
-from train import checkpoints
+from train import checkpoints, readback
 from train.checkpoints import CheckpointOptions
 
 TENSORS = {"weight.exp_avg": torch.arange(6.0).reshape(2, 3), "weight.state1": torch.arange(6, dtype=torch.uint8)}
 
 
-def save_weights(folder: Path) -> None:
+WEIGHTS = {"weight": torch.ones(3), "bias": torch.arange(5, dtype=torch.bfloat16), "scale": torch.tensor(2.0)}
+
+
+def save_weights(folder: Path) -> dict[str, torch.Tensor]:
     folder.mkdir()
-    save_file({"weight": torch.ones(3)}, folder / "diffusion_pytorch_model.safetensors")
+    save_file(WEIGHTS, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text("{}")
+    return WEIGHTS
 
 
 def save(run: Path, step: int, keep: int = 0, weights: Any = save_weights) -> Path:
@@ -62,6 +69,26 @@ def test_the_newest_are_kept_as_many_as_asked(keep: int, left: list[int], tmp_pa
     for step in (1, 2, 6, 9):
         save(tmp_path, step, keep)
     assert names(tmp_path) == [f"step-{step:08d}" for step in left]
+
+
+def test_the_best_stays_however_many_newer_ones_there_are(tmp_path: Path) -> None:
+    assert checkpoints.best(tmp_path) is None
+    for step in (1, 2, 3, 4, 5):
+        path = save(tmp_path, step, keep=2)
+        if step in (1, 3):
+            checkpoints.mark_best(tmp_path, path)
+    assert names(tmp_path) == ["step-00000003", "step-00000004", "step-00000005"]
+    assert checkpoints.best(tmp_path) == checkpoints.path_of(tmp_path, 3)
+    assert os.readlink(tmp_path / "best") == "checkpoints/step-00000003"
+    shutil.rmtree(checkpoints.path_of(tmp_path, 3))
+    assert checkpoints.best(tmp_path) is None
+
+
+def test_folders_of_weights_beside_the_controlnet_are_saved_and_vouched_for_too(tmp_path: Path) -> None:
+    path = checkpoints.save(tmp_path, 1, save_weights, TENSORS, {}, 0, beside={"ema": save_weights})
+    assert load_file(path / "ema" / "diffusion_pytorch_model.safetensors").keys() == WEIGHTS.keys()
+    flip(path / "ema" / "diffusion_pytorch_model.safetensors")
+    assert checkpoints.newest(tmp_path) is None
 
 
 def test_files_may_be_read_by_whom_the_folder_may_be(tmp_path: Path) -> None:
@@ -127,6 +154,104 @@ def test_a_damaged_one_is_replaced_when_training_comes_to_its_step_again(tmp_pat
     assert names(tmp_path) == ["step-00000010", "step-00000020"]
 
 
+# --- the disk does not hold what it was given -----------------------------------------------------------------------
+
+MODEL = "controlnet/diffusion_pytorch_model.safetensors"
+FILES = (MODEL, "controlnet/config.json", "optimizer.safetensors", "state.json")
+
+
+def flip_at(place: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[place] ^= 4
+        path.write_bytes(data)
+
+    return change
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def bad_disk(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Path], None], times: int) -> None:
+    """What is flushed comes back changed, so many times."""
+    flush, left = readback._flush, [times]
+
+    def flushed(path: Path) -> None:
+        flush(path)
+        if path.match(name) and left[0]:
+            left[0] -= 1
+            change(path)
+
+    monkeypatch.setattr(readback, "_flush", flushed)
+
+
+@pytest.mark.parametrize("change", [flip_at(0), flip_at(-1), flip_at(20), shorten])
+@pytest.mark.parametrize("name", FILES)
+def test_what_comes_back_altered_from_the_disk_is_written_once_more_before_older_ones_go(
+    name: str,
+    change: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    change = flip_at(1) if name.endswith("config.json") and change is not shorten else change  # of two bytes
+    save(tmp_path, 1)
+    bad_disk(monkeypatch, name, change, times=1)
+    path = save(tmp_path, 2, keep=1)
+    said = capsys.readouterr().err
+    assert f"checkpoint {path}: {name} came back from the disk altered; it is written once more" in said
+    assert names(tmp_path) == ["step-00000002"]
+    assert checkpoints.newest(tmp_path) == path
+
+
+def test_a_disk_that_is_wrong_twice_is_refused_and_the_checkpoints_before_are_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save(tmp_path, 1)
+    bad_disk(monkeypatch, "optimizer.safetensors", flip, times=2)
+    with pytest.raises(UserError, match=r"optimizer\.safetensors came back from the disk altered, twice in a row"):
+        save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step-00000001"]
+    assert checkpoints.newest(tmp_path) == before
+    assert (tmp_path / "controlnet").resolve() == before / "controlnet"
+
+
+def tensor_changed(folder: Path) -> dict[str, torch.Tensor]:
+    save_weights(folder)
+    return {**WEIGHTS, "weight": torch.tensor([1.0, 1.0, 1.0000001])}
+
+
+def tensor_left_out(folder: Path) -> dict[str, torch.Tensor]:
+    save_weights(folder)
+    return {**WEIGHTS, "another": torch.ones(1)}
+
+
+def tensor_of_another_dtype(folder: Path) -> dict[str, torch.Tensor]:
+    save_weights(folder)
+    return {**WEIGHTS, "bias": torch.arange(5, dtype=torch.float16)}
+
+
+def header_cut_off(folder: Path) -> dict[str, torch.Tensor]:
+    save_weights(folder)
+    os.truncate(folder / "diffusion_pytorch_model.safetensors", 30)
+    return WEIGHTS
+
+
+@pytest.mark.parametrize("weights", [tensor_changed, tensor_left_out, tensor_of_another_dtype, header_cut_off])
+def test_a_file_that_was_written_other_than_meant_is_refused(weights: Any, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"controlnet/diffusion_pytorch_model\.safetensors .*, twice in a row"):
+        save(tmp_path, 2, keep=1, weights=weights)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_the_checksums_are_those_of_the_files(tmp_path: Path) -> None:
+    stated = checkpoints.state(save(tmp_path, 1))["files"]
+    path = checkpoints.path_of(tmp_path, 1)
+    assert stated == {name: readback.schema.file_checksum(path / name) for name in stated}
+
+
 # --- interrupted and full -------------------------------------------------------------------------------------------
 
 
@@ -138,6 +263,38 @@ def test_what_a_kill_left_unfinished_is_not_a_checkpoint_and_is_removed_by_the_n
     assert checkpoints.newest(tmp_path) == checkpoints.path_of(tmp_path, 1)
     save(tmp_path, 3)
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_checkpoint_that_was_half_removed_is_none_and_the_rest_is_removed_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def killed(path: Path) -> None:
+        (path / "optimizer.safetensors").unlink()
+        raise KilledError
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KilledError):
+            save(tmp_path, 2, keep=1)
+    assert checkpoints.all_newest_first(tmp_path) == [checkpoints.path_of(tmp_path, 2)]
+    checkpoints.settle(tmp_path, checkpoints.path_of(tmp_path, 2), keep=1)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_what_a_kill_kept_a_save_from_is_made_up_for_by_the_next_start(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    flip(checkpoints.path_of(tmp_path, 3) / "optimizer.safetensors")
+    newest = checkpoints.newest(tmp_path)
+    assert newest == checkpoints.path_of(tmp_path, 2)
+    checkpoints.link(tmp_path, checkpoints.path_of(tmp_path, 1))  # the kill came before the link
+    checkpoints.settle(tmp_path, newest, keep=1)
+    assert (tmp_path / "controlnet").resolve() == newest / "controlnet"
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]  # a damaged one is the next save's to replace
 
 
 def no_space_in_python(folder: Path) -> None:

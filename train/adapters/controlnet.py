@@ -96,9 +96,11 @@ class ControlNetAdapter:
         """What the optimizer moves."""
         return [(name, parameter) for name, parameter in self.controlnet.named_parameters() if parameter.requires_grad]
 
-    def save(self, folder: Path) -> None:
-        """Write the ControlNet as diffusers does: `FluxControlNetModel.from_pretrained(folder)` reads it."""
+    def save(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Write the ControlNet as diffusers does: `FluxControlNetModel.from_pretrained(folder)` reads it. Back comes
+        what was to be written: the weights by name, on the device."""
         self.controlnet.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
+        return self.controlnet.state_dict()
 
     def load(self, folder: Path) -> None:
         """Put saved weights back in place. Raises `UserError` where they are another ControlNet's."""
