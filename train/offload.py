@@ -227,7 +227,7 @@ class HostStates:
 def _host_zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     if device.type == "meta":  # where memory is only counted
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    free = _free_host_bytes()
+    free = free_host_bytes()
     if free is not None and num_bytes > free:
         raise UserError(
             f"optimizer.states cpu: the states take {num_bytes / 2**30:.1f} GiB of the host's memory, but only "
@@ -237,7 +237,7 @@ def _host_zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(num_bytes, dtype=torch.uint8, device="cpu")
 
 
-def _free_host_bytes() -> int | None:
+def free_host_bytes() -> int | None:
     """Memory that the host can give without swapping; None where the system does not say (Linux does)."""
     path = Path("/proc/meminfo")
     if not path.exists():

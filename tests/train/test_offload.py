@@ -174,13 +174,13 @@ def test_after_a_step_that_was_broken_off_the_next_one_begins_anew() -> None:
 
 
 def test_too_little_host_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "_free_host_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(offload, "free_host_bytes", lambda: 1 << 30)
     with pytest.raises(UserError, match=r"take 2\.0 GiB of the host's memory, but only 1\.0 GiB are free: choose"):
         HostStates([1 << 30, 1 << 30], CPU)
 
 
 def test_the_system_s_free_memory_is_read() -> None:
-    free = offload._free_host_bytes()
+    free = offload.free_host_bytes()
     assert free is None or free > 1 << 20
 
 
