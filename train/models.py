@@ -1,11 +1,13 @@
 """What is in memory while training: the frozen base and the ControlNet, arranged for the card that they are on.
 
 The order matters: the base is opened quantized and hoisted, then its blocks are compiled, then streamed; which blocks
-recompute their activations (`train.recompute`) can change between steps.
+recompute their activations (`train.recompute`) can change between steps. Several ControlNets may train on one base, in
+turns (`train.together`): each has its own modulation, and says at its turn what is recomputed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,20 @@ COMPILED = "compiled"
 
 
 @dataclass
+class Base:
+    """The frozen base on its device."""
+
+    module: torch.nn.Module
+    stream: streaming.Stream | None
+    """Where its blocks are, if they are streamed."""
+    hoisted: bool
+    compiled: bool
+    attention: str
+    """The kernel that attention is computed with, by `train.attention`'s name for it."""
+    component: Component
+
+
+@dataclass
 class Models:
     """The models of one run, on their device."""
 
@@ -37,24 +53,47 @@ class Models:
     components: list[Component]
 
 
-def load(
+def open_frozen(
     options: TrainConfig,
     family: Family,
     model: ModelFolder,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    weights: torch.dtype,
     hoist: bool,
     stream: bool,
     num_shapes: int,
     attention: str,
+) -> Base:
+    """The base, computed in `dtype`; hoisted or streamed as `train.fit` has decided. `num_shapes`: how many shapes full
+    batches will have. `attention`: the kernel that it will be computed with. Raises `UserError`."""
+    folder = options.base.folder_beside(options.cache, options.remote)
+    base = open_base(family, model, options.base, folder=folder, device=device, dtype=dtype, hoist=hoist)
+    counted = component(f"{family.name} base", base)
+    eight_bit.use(base, options.speed.arithmetic, device)
+    compiled = compile.wanted(options.speed, device)
+    if compiled:
+        compile.keep_in(folder / COMPILED, attention)
+        compile.compile_blocks(family.blocks(base), num_shapes=num_shapes)
+    streamed = streaming.stream(family, base, device) if stream else None
+    return Base(base, streamed, hoist, compiled, attention, counted)
+
+
+def load(
+    options: TrainConfig,
+    family: Family,
+    model: ModelFolder,
+    open_frozen_base: Callable[[], Base],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    num_shapes: int,
     checkpoint: Path | None,
 ) -> Models:
-    """The ControlNet with weights of dtype `weights`, of the last `checkpoint` or new, and the base, computed in
-    `dtype`; hoisted or streamed as `train.fit` has decided. `num_shapes`: how many shapes full batches will have.
-    `attention`: the kernel that it will be computed with, by `train.attention`'s name for it.
-    Raises `UserError`."""
+    """The ControlNet with weights of dtype `weights`, of the last `checkpoint` or new, on a base computed in `dtype`,
+    which is opened after all that may be refused of the ControlNet. `num_shapes`: how many shapes full batches will
+    have. Raises `UserError`."""
     if (start := options.controlnet.start_from) is None:
         controlnet = family.make_controlnet(model, *parse_depth(options.depth), options.controlnet.embedder, weights)
     else:  # it may since have been moved: a run that goes on has its own copy
@@ -62,20 +101,17 @@ def load(
         controlnet = family.load_controlnet(source, weights)
         family.check_controlnet(controlnet, family.make_base(model), options.controlnet.control_mode)
     controlnet.to(device=device, dtype=weights).train()
-    folder = options.base.folder_beside(options.cache, options.remote)
-    base = open_base(family, model, options.base, folder=folder, device=device, dtype=dtype, hoist=hoist)
-    components = [component(f"{family.name} base", base), component("controlnet", controlnet)]
-    eight_bit.use(base, options.speed.arithmetic, device)
+    base = open_frozen_base()
+    components = [base.component, component("controlnet", controlnet)]
     modulation = None
-    if hoist:
+    if base.hoisted:
         linears = LinearsOnDisk(model, family.base_component)
-        modulation = Modulation(family, base, linears, guidance=options.controlnet.guidance, device=device, dtype=dtype)
-    compiled = compile.wanted(options.speed, device)
-    if compiled:
-        compile.keep_in(folder / COMPILED, attention)
-        compile.compile_blocks([*family.blocks(base), *family.blocks(controlnet)], num_shapes=num_shapes)
-    streamed = streaming.stream(family, base, device) if stream else None
-    adapter = ControlNetAdapter(family, base, controlnet, options.controlnet)
+        modulation = Modulation(
+            family, base.module, linears, guidance=options.controlnet.guidance, device=device, dtype=dtype
+        )
+    if base.compiled:
+        compile.compile_blocks(family.blocks(controlnet), num_shapes=num_shapes)
+    adapter = ControlNetAdapter(family, base.module, controlnet, options.controlnet)
     if checkpoint is not None:
         adapter.load(checkpoint / checkpoints.CONTROLNET)
-    return Models(adapter, modulation, streamed, compiled, components)
+    return Models(adapter, modulation, base.stream, base.compiled, components)

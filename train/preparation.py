@@ -30,6 +30,34 @@ from train.samples import CachedSamples
 
 
 @dataclass
+class Ground:
+    """What a run stands on: looked at, and nothing of it loaded."""
+
+    family: Family
+    model: ModelFolder
+    samples: CachedSamples
+    held_out: CachedSamples
+    remark: str | None
+    """Of the base: what will not be as the user may think."""
+    facts: dict[str, Any]
+    """What `run.json` says that the run stands on."""
+
+
+@dataclass
+class Begun:
+    """A run whose folder is this process's own."""
+
+    options: TrainConfig
+    ground: Ground
+    accelerator: Accelerator
+    run: Run
+    before: dict[str, Any] | None
+    """The options of its last start; None at the first."""
+    checkpoint: Path | None
+    """To go on from."""
+
+
+@dataclass
 class Prepared:
     """A run of which nothing is refused any more, and nothing is loaded yet."""
 
@@ -51,6 +79,16 @@ class Prepared:
 def prepare(options: TrainConfig, stack: ExitStack) -> Prepared | None:
     """The run that `options` describe, new or to be gone on with; None where it is trained already. The run's folder is
     this process's own until `stack` closes. Raises `UserError` where something does not fit."""
+    begun = begin(options, stack)
+    if begun is None:
+        return None
+    ground = begun.ground
+    fitted = decide_fit(options, begun.accelerator, ground.family, ground.model, ground.samples, begun.checkpoint)
+    return ready(begun, fitted)
+
+
+def ground_of(options: TrainConfig) -> Ground:
+    """What the run stands on. Raises `UserError` where options, cache and model do not fit each other."""
     cache = Cache(options.cache, options.remote)
     family = families.get(cache.family)
     conditions = options.condition or (cache.manifest["condition"],)
@@ -73,13 +111,31 @@ def prepare(options: TrainConfig, stack: ExitStack) -> Prepared | None:
         "sizes": [list(size) for size in samples.sizes],
         "text_length": samples.text_length,
     }
+    return Ground(family, model, samples, held_out, remark, facts)
+
+
+def begin(options: TrainConfig, stack: ExitStack) -> Begun | None:
+    """Take hold of the run's folder; None where the run is trained already. Raises `UserError`."""
+    ground = ground_of(options)
     accelerator = _accelerator(options)
-    main = accelerator.is_main_process
     run = Run(Path(options.runs) / options.run_name)
-    before, checkpoint = _begun_before(run, options, facts, accelerator, stack)
-    fitted = decide_fit(options, accelerator, family, model, samples, checkpoint)
+    before, checkpoint = _begun_before(run, options, ground.facts, accelerator, stack)
+    if checkpoint is not None:
+        if accelerator.is_main_process:
+            checkpoints.link(run.folder, checkpoint)  # a kill may have come between the two
+        if (done := checkpoints.step_of(checkpoint)) >= options.steps:
+            if accelerator.is_main_process:
+                say(f"{run.folder} is already trained to step {done}: raise STEPS to go on, or choose another NAME")
+            return None
+    return Begun(options, ground, accelerator, run, before, checkpoint)
+
+
+def ready(begun: Begun, fitted: fit.Fit) -> Prepared:
+    """The run with its loader, in the memory that it is to fit into. Raises `UserError` where it cannot go on from its
+    checkpoint."""
+    options, ground, accelerator, checkpoint = begun.options, begun.ground, begun.accelerator, begun.checkpoint
     loader = Loader(
-        samples,
+        ground.samples,
         fitted.loader,
         seed=options.seed,
         device=accelerator.device,
@@ -87,17 +143,15 @@ def prepare(options: TrainConfig, stack: ExitStack) -> Prepared | None:
         num_ranks=accelerator.num_processes,
     )
     if checkpoint is not None:
-        if main:
-            checkpoints.settle(run.folder, checkpoint, options.checkpoint.keep)  # a kill may have come before
-        if (done := checkpoints.step_of(checkpoint)) >= options.steps:
-            if main:
-                say(f"{run.folder} is already trained to step {done}: raise STEPS to go on, or choose another NAME")
-            return None
         loader.load_state(checkpoints.state(checkpoint)["loader"])
-    if main:
-        unread = family.unread_residuals(model, _depth(family, options, checkpoint))
-        _warn(options, remark, unread, (samples, held_out), before if loader.step else None)
-    return Prepared(options, accelerator, run, facts, family, model, fitted, loader, held_out, checkpoint)
+    if accelerator.is_main_process:
+        unread = ground.family.unread_residuals(ground.model, _depth(ground.family, options, checkpoint))
+        parts = ground.samples, ground.held_out
+        _warn(options, ground.remark, unread, parts, begun.before if loader.step else None)
+    return Prepared(
+        options, accelerator, begun.run, ground.facts, ground.family, ground.model, fitted, loader, ground.held_out,
+        checkpoint,
+    )  # fmt: skip
 
 
 def _refuse_depth(family: Family, model: ModelFolder, options: TrainConfig) -> None:

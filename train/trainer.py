@@ -8,7 +8,7 @@ far as its kernels repeat themselves.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
@@ -44,26 +44,53 @@ def train(options: TrainConfig) -> int:
     return 0
 
 
+def choose_attention(prepared: Sequence[Prepared]) -> str:
+    """The kernel for runs on one base, for what it will be called with in training. To be called before anything is
+    loaded."""
+    first, shapes = prepared[0], []
+    for run in prepared:
+        base, samples = run.family.make_base(run.model), run.loader.samples
+        shapes += [
+            attention.Shape(
+                run.loader.options.batch_size,
+                *run.family.attention_shape(base, height, width, samples.text_length or 0),
+            )
+            for width, height in samples.sizes
+        ]
+    options, device = first.options, first.accelerator.device
+    folder = options.base.folder_beside(options.cache, options.remote)
+    return attention.choose(options.speed.attention, shapes, dtypes(options, device)[0], device, folder)
+
+
+def open_base(prepared: Sequence[Prepared], attention: str) -> models.Base:
+    """The frozen base that these runs train on. Raises `UserError`."""
+    first = prepared[0]
+    device = first.accelerator.device
+    shapes = {(run.fitted.loader.batch_size, *size) for run in prepared for size in run.loader.samples.sizes}
+    return models.open_frozen(
+        first.options, first.family, first.model,
+        device=device, dtype=dtypes(first.options, device)[0], hoist=first.fitted.hoist, stream=first.fitted.stream,
+        num_shapes=len(shapes), attention=attention,
+    )  # fmt: skip
+
+
 class Trainer:
     """One run in one process (of possibly several)."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        """Load the base and the ControlNet. With a checkpoint, go back to its state: weights, optimizer; the loader is
-        there already."""
+    def __init__(self, prepared: Prepared, base: models.Base | None = None) -> None:
+        """Load the ControlNet, and the base unless one is given. With a checkpoint, go back to its state: weights,
+        optimizer; the loader is there already."""
         options, accelerator, family, model = prepared.options, prepared.accelerator, prepared.family, prepared.model
         fitted, loader, checkpoint = prepared.fitted, prepared.loader, prepared.checkpoint
         self.prepared, self.options, self.accelerator, self.run = prepared, options, accelerator, prepared.run
         self.family, self.model, self.loader, self.samples = family, model, loader, loader.samples
         self.device = accelerator.device
         self.dtype, weights = dtypes(options, self.device)
-        self.attention = attention.choose(
-            options.speed.attention, self._attention_shapes(), self.dtype, self.device,
-            options.base.folder_beside(options.cache, options.remote),
-        )  # fmt: skip
+        self.attention = choose_attention([prepared]) if base is None else base.attention
         self.models = models.load(
-            options, family, model,
-            device=self.device, dtype=self.dtype, weights=weights, hoist=fitted.hoist, stream=fitted.stream,
-            num_shapes=len(self.samples.sizes), attention=self.attention, checkpoint=checkpoint,
+            options, family, model, lambda: base or open_base([prepared], self.attention),
+            device=self.device, dtype=self.dtype, weights=weights, num_shapes=len(self.samples.sizes),
+            checkpoint=checkpoint,
         )  # fmt: skip
         self.adapter, modulation = self.models.adapter, self.models.modulation
         self.optimizer = Optimizer(options.optimizer, dict(self.adapter.named_parameters()))
@@ -112,14 +139,6 @@ class Trainer:
                 f"{loader.batches_per_epoch} batches an epoch; "
                 f"global batch {loader.options.batch_size * loader.batches_per_step}; run {self.run.folder}"
             )
-
-    def _attention_shapes(self) -> list[attention.Shape]:
-        """What attention will be called with in training."""
-        base, length = self.family.make_base(self.model), self.samples.text_length or 0
-        return [
-            attention.Shape(self.loader.options.batch_size, *self.family.attention_shape(base, height, width, length))
-            for width, height in self.samples.sizes
-        ]
 
     def begin(self) -> None:
         """Write into the run's folder what it is, and drop the figures of steps that are now taken again."""
