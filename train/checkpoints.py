@@ -1,7 +1,7 @@
 """Checkpoints: the ControlNet as diffusers reads it, and beside it all that an exact resume needs.
 
     checkpoints/step-00000400/
-      controlnet/            config.json, diffusion_pytorch_model.safetensors; beside it whatever else of the kind is kept
+      controlnet/            config.json, diffusion_pytorch_model.safetensors
       optimizer.safetensors  the optimizer's tensors, in 8 bit where it keeps 8 bit
       state.json             step, position of the loader, settings; checksums of every file here and its own.
                              Written last
