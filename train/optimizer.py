@@ -12,172 +12,21 @@ stepped and freed as soon as backward has it. Both give the same weights to the 
 from __future__ import annotations
 
 import functools
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.adamw import adamw
 
-from shared.errors import UserError, nearest
-from shared.report import warn
-from train.buckets import BLOCK_NUMEL, CHUNK_NUMEL, Bucket, Piece, is_large, make_buckets
+from shared.errors import UserError
+from train import adamw
+from train.adamw import EightBit
+from train.buckets import CHUNK_NUMEL, Bucket, Piece, is_large, make_buckets
 from train.offload import DeviceStates, HostStates, States
-
-Kind = Literal["adamw", "adamw8bit"]
-Schedule = Literal["constant", "cosine", "linear"]
-Rounding = Literal["stochastic", "nearest"]
-Clip = Literal["global", "parameter"]
-Place = Literal["device", "cpu"]
-OnePass = Literal["auto", "no"]
-
-_HIGH_HALF = 1 if sys.byteorder == "little" else 0
-"""Which of a float32's two 16-bit words is its bfloat16 part."""
-
-
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """How the weights are stepped."""
-
-    kind: Kind = "adamw8bit"
-    """`adamw8bit` keeps Adam's two moments in 8 bits (2 bytes per weight, bitsandbytes); `adamw` in float32 (8 bytes).
-    Choose `adamw` where memory allows and an experiment must not depend on quantized moments."""
-    learning_rate: float = 2e-5
-    """The peak of the schedule. 1e-5 to 5e-5 is usual for a FLUX ControlNet; lower it if the loss jumps."""
-    beta1: float = 0.9
-    """How slowly the mean of the gradients forgets. Rarely touched."""
-    beta2: float = 0.999
-    """How slowly the mean of their squares forgets. 0.99 suits runs of under a few thousand steps."""
-    epsilon: float = 1e-8
-    """Keeps the update finite where gradients are almost zero. Rarely touched."""
-    weight_decay: float = 0.01
-    """Share of a weight taken off per step, times the learning rate (decoupled, as in AdamW). 0 turns it off."""
-    schedule: Schedule = "constant"
-    """The learning rate after the warm-up. `constant` lets a run be extended; `cosine` and `linear` fall to
-    `final_fraction` and usually end a little better when the number of steps is fixed."""
-    warmup_steps: int = 500
-    """Steps over which the learning rate rises to its peak. Lower it for short runs: one that ends within its warm-up
-    never reaches the peak."""
-    final_fraction: float = 0.0
-    """Learning rate at the end, as a share of the peak, for `cosine` and `linear`."""
-    clip_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to it. 0 turns clipping off."""
-    clip: Clip = "global"
-    """Whose norm: that of all gradients together, or of each `parameter`'s gradient by itself, as `release` needs it.
-    A limit for all together is far too high for each: try 0.1."""
-    rounding: Rounding = "stochastic"
-    """How a stepped bfloat16 weight is rounded. `nearest` loses most of what is learned at usual learning rates and is
-    there for comparison only. float32 weights are never rounded."""
-    master: bool = False
-    """Keep a float32 copy of bfloat16 weights and step that (4 more bytes per weight); the weights are its nearest
-    neighbours. Choose it where stochastic rounding's noise is unwanted, best with `states cpu`."""
-    states: Place = "device"
-    """Where moments and master copies rest between steps. `cpu`: in page-locked host memory, which frees 2 bytes of
-    the GPU per weight with `adamw8bit`, 8 with `adamw`, 4 more with `master`; as many cross the bus each way a step."""
-    release: bool = False
-    """Step each large weight as soon as backward has its gradient, and free it: gradients (2 bytes per bfloat16 weight)
-    then never lie in memory together. Not with a global clip, nor with accumulation, nor with several processes."""
-    one_pass: OnePass = "auto"
-    """`auto`: on a GPU `adamw8bit` is a kernel that goes over memory once, a sixth of the traffic otherwise; it is held
-    against bitsandbytes' at the start. `no`: bitsandbytes' own kernel. They draw other noise."""
-    survival_every: int = 100
-    """Every how many steps the share of the update that survives rounding is measured. Such a step's optimizer reads
-    and writes about twice as much memory. 0 turns it off."""
-
-    def check(self) -> None:
-        """Refuse impossible values. Raises `UserError`."""
-        for name, choices in (
-            ("kind", Kind), ("schedule", Schedule), ("rounding", Rounding), ("clip", Clip), ("states", Place),
-            ("one_pass", OnePass),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                raise UserError(f"optimizer.{name} '{value}' is unknown: {nearest(value, get_args(choices))}")
-        for name in ("learning_rate", "epsilon"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"optimizer.{name} must be above 0, but is {value}")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise UserError(f"optimizer.{name} must be at least 0 and below 1, but is {value}")
-        for name, off in (("weight_decay", "no decay"), ("warmup_steps", "no warm-up"), ("clip_norm", "no clipping")):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"optimizer.{name} must be 0 ({off}) or more, but is {value}")
-        if not 0 <= self.final_fraction <= 1:
-            raise UserError(f"optimizer.final_fraction must be from 0 to 1, but is {self.final_fraction}")
-        if self.survival_every < 0:
-            raise UserError(f"optimizer.survival_every must be 0 (never) or more, but is {self.survival_every}")
-        if self.release and self.clip == "global" and self.clip_norm > 0:
-            raise UserError(
-                "optimizer.release steps each weight before the other gradients are there, so their global norm cannot "
-                "clip them: choose optimizer.clip parameter, or optimizer.clip_norm 0"
-            )
-
-    def check_release(self, accumulation: int, num_processes: int) -> None:
-        """Refuse `release` where a gradient is not whole when backward has it: with several batches a step, or several
-        processes. Raises `UserError`."""
-        if self.release and accumulation > 1:
-            raise UserError(
-                f"optimizer.release cannot add up the gradients of {accumulation} batches: set loader.accumulation 1 "
-                "with a larger batch, or leave optimizer.release out"
-            )
-        if self.release and num_processes > 1:
-            raise UserError(
-                f"optimizer.release would step before the gradients of the {num_processes} processes are averaged: "
-                "train in one process, or choose optimizer.states cpu instead"
-            )
-
-    def unused(self) -> list[str]:
-        """Options that were changed from their default but have no effect beside the others: warn of them."""
-        changed = {
-            "final_fraction": self.schedule == "constant" and self.final_fraction != 0,
-            "clip": self.clip != "global" and self.clip_norm == 0,
-            "rounding": self.rounding != "stochastic" and self.master,
-        }
-        return [name for name, without_effect in changed.items() if without_effect]
-
-    def measures(self, step: int) -> bool:
-        """Whether step number `step` (the first is 1) measures what survives of its update."""
-        return self.survival_every > 0 and step % self.survival_every == 0
-
-
-def learning_rate(options: OptimizerOptions, step: int, num_steps: int) -> float:
-    """The learning rate of step number `step` (the first is 0) in a run of `num_steps`.
-
-    It rises linearly from peak / warmup_steps to the peak, which the last warm-up step has; then it follows the
-    schedule, which reaches its end after the last step (`step == num_steps`) and stays there.
-    """
-    peak, warmup = options.learning_rate, options.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if options.schedule == "constant":
-        return peak
-    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    falling = 0.5 * (1 + math.cos(math.pi * progress)) if options.schedule == "cosine" else 1 - progress
-    return peak * (options.final_fraction + (1 - options.final_fraction) * falling)
-
-
-def stochastic_round_(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Round float32 `x` to one of its two bfloat16 neighbours so that the mean is `x`. Uses up `x`: the result, of the
-    same shape, lies in its memory.
-
-    To the bit: the float32 is read as a 32-bit integer, an integer drawn uniformly from 0 to 65,535 is added, and the
-    upper 16 bits are the bfloat16. So the neighbour further from zero is taken with probability lower 16 bits / 65,536,
-    and a value that bfloat16 holds exactly never changes. Infinities stay; every NaN becomes the canonical NaN, whose
-    lower bits are zero (others could carry over into a number). Beyond the largest bfloat16 the further neighbour is
-    infinity, as in rounding to nearest. `x` must be contiguous, `generator` on its device (None: torch's own).
-    """
-    assert x.dtype == torch.float32, x.dtype
-    x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
-    bits = x.view(-1).view(torch.int32)
-    bits.add_(torch.randint(0, 1 << 16, bits.shape, generator=generator, device=x.device, dtype=torch.int32))
-    return bits.view(torch.int16)[_HIGH_HALF::2].view(torch.bfloat16).view(x.shape)
+from train.optimizer_options import Kind, OptimizerOptions, learning_rate
+from train.optimizer_state import OptimizerState
+from train.rounding import stochastic_round_
 
 
 @dataclass(frozen=True)
@@ -249,7 +98,7 @@ class Optimizer:
         self._device = devices.pop()
         eight_bit = options.kind == "adamw8bit"
         self._buckets = make_buckets(parameters, eight_bit=eight_bit, master=options.master, chunk_numel=chunk_numel)
-        self._eight_bit = _EightBit(self._device) if any(bucket.eight_bit for bucket in self._buckets) else None
+        self._eight_bit = EightBit(self._device) if any(bucket.eight_bit for bucket in self._buckets) else None
         if self._eight_bit is not None and self._device.type == "cuda" and options.one_pass == "auto":
             self._eight_bit.go_over_memory_once()
         sizes = [bucket.num_bytes for bucket in self._buckets]
@@ -421,7 +270,7 @@ class Optimizer:
             assert self._eight_bit is not None
             self._eight_bit.update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
         else:
-            _update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
+            adamw.update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
         del gradients
         meant = [value - old for value, old in zip(values, stood, strict=False)]
         del stood
@@ -511,220 +360,19 @@ class Optimizer:
         not part of it: they come from the options of the run that goes on, which may keep its states elsewhere. The
         generator's state is its owner's to keep.
         """
-        parts: dict[str, dict[str, list[torch.Tensor]]] = {name: {} for name in self.parameters}
-        described: dict[str, Any] = {
-            name: {"shape": list(parameter.shape), "tensors": [], "numbers": {}}
-            for name, parameter in self.parameters.items()
-        }
-        for bucket in self._buckets:
-            if not any(piece.num_steps for piece in bucket.pieces):
-                continue
-            buffer = self._states.at_rest(bucket.index).to("cpu")
-            for piece in bucket.pieces:
-                if not piece.num_steps:  # none yet: the parameter had no gradient so far
-                    continue
-                for key, of in piece.fields.items():
-                    parts[piece.name].setdefault(key, []).append(of.of(buffer))
-                if bucket.eight_bit:
-                    assert self._eight_bit is not None
-                    parts[piece.name] |= {key: [code.cpu()] for key, code in self._eight_bit.codes.items()}
-                    described[piece.name]["numbers"] = {"step": piece.num_steps}
-                else:
-                    parts[piece.name]["step"] = [torch.tensor([float(piece.num_steps)])]
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self.parameters.items():
-            described[name]["tensors"] = list(parts[name])
-            for key in list(parts[name]):
-                whole = torch.cat(parts[name].pop(key))  # copies, also where there is one piece
-                tensors[f"{name}.{key}"] = whole.view(_shape(key, parameter, whole.numel()))
-        return tensors, {"kind": self.options.kind, "master": self.options.master, "parameters": described}
+        return self._saved.collect()
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Take over what `state` returned, in this process or another; the given tensors are copied.
 
         Raises `UserError`, before anything is changed, where it is of another kind, other parameters, or incomplete.
         """
-        self._refuse_other_state(tensors, meta)
-        described = meta["parameters"]
-        for bucket in self._buckets:
-            had_steps = any(piece.num_steps for piece in bucket.pieces)
-            if not had_steps and not any(described[piece.name]["tensors"] for piece in bucket.pieces):
-                continue
-            buffer = self._states.at_rest(bucket.index).zero_()
-            for piece in bucket.pieces:
-                piece.num_steps = 0
-                if not described[piece.name]["tensors"]:  # none yet: the parameter had no gradient so far
-                    continue
-                for key, of in piece.fields.items():
-                    saved = tensors[f"{piece.name}.{key}"].reshape(-1)
-                    start = piece.start // BLOCK_NUMEL if key.startswith("absmax") else piece.start
-                    of.of(buffer).copy_(saved[start : start + of.shape[0]])
-                numbers = described[piece.name]["numbers"]
-                piece.num_steps = int(numbers["step"] if numbers else tensors[f"{piece.name}.step"].item())
+        self._saved.restore(tensors, meta)
 
-    def _refuse_other_state(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-        mend = "resume with the options of the saved run, or start without its optimizer state"
-        if meta["kind"] != self.options.kind:
-            raise UserError(
-                f"the saved optimizer state is of kind '{meta['kind']}', "
-                f"but optimizer.kind is '{self.options.kind}': {mend}"
-            )
-        if meta.get("master", False) != self.options.master:
-            raise UserError(
-                f"the saved optimizer state is {'with' if meta.get('master', False) else 'without'} float32 master "
-                f"weights, but optimizer.master is {str(self.options.master).lower()}: {mend}"
-            )
-        described = meta["parameters"]
-        wrong = [
-            ("of parameters that are not trained here", [name for name in described if name not in self.parameters]),
-            ("missing for parameters", [name for name in self.parameters if name not in described]),
-            (
-                "of another shape for",
-                [
-                    f"{name} {tuple(described[name]['shape'])}, here {tuple(parameter.shape)}"
-                    for name, parameter in self.parameters.items()
-                    if name in described and tuple(described[name]["shape"]) != tuple(parameter.shape)
-                ],
-            ),
-        ]
-        for what, names in wrong:
-            if names:
-                raise UserError(f"the saved optimizer state is {what}: {_some(names)}: {mend}")
-        expected = {f"{name}.{key}" for name, of in described.items() for key in of["tensors"]}
-        if expected != set(tensors):
-            raise UserError(
-                f"the saved optimizer state is damaged, these tensors are missing or unexpected: "
-                f"{_some(sorted(expected ^ set(tensors)))}: resume from another checkpoint, or start without it"
-            )
-        misshapen = [key for key, tensor in tensors.items() if not self._fits(key, tensor)]
-        if misshapen:
-            raise UserError(
-                f"the saved optimizer state is not as torch or bitsandbytes keep it here: {_some(sorted(misshapen))}: "
-                "resume with the version that the run was saved with, or start without its optimizer state"
-            )
-
-    def _fits(self, key: str, tensor: torch.Tensor) -> bool:
-        """Whether a saved tensor is of the dtype and size that it has here; codes of 8-bit numbers, of the values."""
-        name, _, state = key.rpartition(".")
-        if state == "step":
-            return tensor.numel() == 1
-        if self._eight_bit is not None and state in self._eight_bit.codes:
-            return torch.equal(self._eight_bit.codes[state].cpu(), tensor.cpu())
-        fields = [piece.fields.get(state) for bucket in self._buckets for piece in bucket.pieces if piece.name == name]
-        return tensor.numel() == sum(of.shape[0] for of in fields if of is not None) and all(
-            of is not None and of.dtype == tensor.dtype for of in fields
-        )
-
-
-class _EightBit:
-    """AdamW on 8-bit moments: bitsandbytes' kernel, which reads and writes them in place.
-
-    The kernel itself, not its optimizer class, which waits for the device after each weight.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        try:
-            # Here, because importing it takes seconds.
-            from bitsandbytes.functional import create_dynamic_map, optimizer_update_8bit_blockwise
-        except ImportError as error:
-            raise UserError(
-                f"optimizer.kind 'adamw8bit' needs bitsandbytes ({error}): pip install bitsandbytes, or choose 'adamw'"
-            ) from error
-        self._kernel = optimizer_update_8bit_blockwise
-        self.codes = {
-            "qmap1": create_dynamic_map(signed=True).to(device),
-            "qmap2": create_dynamic_map(signed=False).to(device),
-        }
-        """What the 256 values of a byte stand for, (256,) float32: of the mean, and of the mean of squares."""
-        self._middles: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.one_pass: ModuleType | None = None
-        """train/one_pass.py, once it is chosen."""
-
-    def go_over_memory_once(self) -> None:
-        """Use the one kernel from here on, if it is what bitsandbytes' kernel is on this device."""
-        try:
-            from train import one_pass
-        except ImportError as error:
-            warn(
-                f"optimizer.one_pass: there is no Triton ({error}), so stepping takes six times as much memory traffic"
-            )
-            return
-        codes = self.codes["qmap1"], self.codes["qmap2"]
-        if not one_pass.agrees(self._kernel, codes):
-            warn("optimizer.one_pass: its kernel is not what bitsandbytes' is on this device, so that one is used")
-            return
-        self.one_pass, self._middles = one_pass, (one_pass.middles_of(codes[0]), one_pass.middles_of(codes[1]))
-
-    def update_at_once(
-        self,
-        options: OptimizerOptions,
-        piece: Piece,
-        stepped: torch.Tensor,
-        weight: torch.Tensor,
-        gradient: torch.Tensor,
-        after: torch.Tensor | None,
-        state: dict[str, torch.Tensor],
-        learning_rate: float,
-        scale: torch.Tensor,
-        seed: int,
-    ) -> None:
-        """Step and round a piece: `stepped` is its master copy, or the weight."""
-        one_pass = self.one_pass
-        assert one_pass is not None
-        if weight.dtype == torch.float32:
-            mode = one_pass.FLOAT32
-        elif stepped is not weight:
-            mode = one_pass.MASTER
-        else:
-            mode = one_pass.STOCHASTIC if options.rounding == "stochastic" else one_pass.NEAREST
-        one_pass.adamw(
-            stepped=stepped, weight=weight, gradient=gradient, after=after, state=state,
-            codes=(self.codes["qmap1"], self.codes["qmap2"]), middles=self._middles, scale=scale, mode=mode, seed=seed,
-            num_steps=piece.num_steps, learning_rate=learning_rate, beta1=options.beta1, beta2=options.beta2,
-            epsilon=options.epsilon, weight_decay=options.weight_decay,
-        )  # fmt: skip
-
-    def update(
-        self,
-        options: OptimizerOptions,
-        pieces: list[Piece],
-        values: list[torch.Tensor],
-        gradients: list[torch.Tensor],
-        states: list[dict[str, torch.Tensor]],
-        learning_rate: float,
-        scale: float,
-    ) -> None:
-        """Step float32 `values` by `scale` times their `gradients`; `num_steps` of the pieces count this step."""
-        for piece, value, gradient, state in zip(pieces, values, gradients, states, strict=True):
-            self._kernel(
-                "adam", gradient, value, state["state1"], state["state2"],
-                options.beta1, options.beta2, 0.0, 0.0, options.epsilon, piece.num_steps, learning_rate,
-                self.codes["qmap1"], self.codes["qmap2"], state["absmax1"], state["absmax2"],
-                options.weight_decay, gnorm_scale=scale,
-            )  # fmt: skip
-
-
-def _update(
-    options: OptimizerOptions,
-    pieces: list[Piece],
-    values: list[torch.Tensor],
-    gradients: list[torch.Tensor],
-    states: list[dict[str, torch.Tensor]],
-    learning_rate: float,
-    scale: float,
-) -> None:
-    """AdamW on 32-bit moments, torch's, in one fused call: step float32 `values` by `scale` times their `gradients`."""
-    if scale != 1.0:
-        for gradient in gradients:
-            gradient.mul_(scale)
-    # The fused kernel counts on the device, one up.
-    steps = [torch.full((), float(piece.num_steps - 1), device=values[0].device) for piece in pieces]
-    adamw(
-        values, gradients, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
-        steps, fused=True, amsgrad=False, maximize=False,
-        beta1=options.beta1, beta2=options.beta2, lr=learning_rate,
-        weight_decay=options.weight_decay, eps=options.epsilon,
-    )  # fmt: skip
+    @property
+    def _saved(self) -> OptimizerState:
+        codes = self._eight_bit.codes if self._eight_bit is not None else {}
+        return OptimizerState(self.options, self.parameters, self._buckets, self._states, codes)
 
 
 def _float32(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
@@ -742,14 +390,4 @@ def _norm(parameter: torch.nn.Parameter) -> torch.Tensor:
     return torch.linalg.vector_norm(_gradient(parameter), dtype=torch.float32)
 
 
-def _shape(key: str, parameter: torch.Tensor, numel: int) -> tuple[int, ...]:
-    """The shape of a state in a checkpoint: one value for each weight, or for each block, or one number."""
-    if key == "step":
-        return ()
-    per_weight = not key.startswith(("absmax", "qmap"))
-    return tuple(parameter.shape) if per_weight else (numel,)
-
-
-def _some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+__all__ = ["Kind", "Optimizer", "OptimizerOptions", "Survival", "learning_rate", "stochastic_round_"]

@@ -16,8 +16,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train.optimizer
 from shared.errors import UserError
+from train import adamw
 from train.offload import HostStates
 from train.optimizer import Optimizer, OptimizerOptions, Survival, learning_rate, stochastic_round_
 
@@ -233,7 +233,7 @@ def test_float32_copies_live_only_during_the_step_and_only_one_bucket_at_a_time(
     made = Optimizer(options(kind="adamw"), weights)
     alive: list[weakref.ref[torch.Tensor]] = []
     numels: list[int] = []
-    update = train.optimizer._update
+    update = adamw.update
 
     def watched(
         options: Any, pieces: Any, values: list[torch.Tensor], gradients: list[torch.Tensor], *rest: Any
@@ -243,7 +243,7 @@ def test_float32_copies_live_only_during_the_step_and_only_one_bucket_at_a_time(
         numels.append(sum(value.numel() for value in values))
         update(options, pieces, values, gradients, *rest)
 
-    monkeypatch.setattr(train.optimizer, "_update", watched)
+    monkeypatch.setattr(adamw, "update", watched)
     set_gradients(weights, 1)
     made.step(1e-3, generator())
     assert sum(numels) == sum(weight.numel() for weight in weights.values())
