@@ -5,7 +5,9 @@ runs/NAME/
   run.json         model, cache fingerprints, condition; of each start the step, versions, git revision, components,
                    memory, and how far 8-bit arithmetic was from exact
   metrics.jsonl    one line per step, one per look at the held-out samples
-  pictures/        step-00000500.png ...
+  pictures/        step-00000500.png, and each held-out sample alone: step-00000500/00.png ...; held-out.json says which
+                   they are, held-out/ has what does not change: drawing, painted without control, original
+  baseline/        see train/baseline.py
   tensorboard/
   checkpoints/     see train/checkpoints.py
   controlnet       link to the newest checkpoint's ControlNet
@@ -16,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +120,33 @@ class Run:
     def save_picture(self, step: int, picture: NDArray[np.uint8]) -> Path:
         """Write `pictures/step-....png`."""
         path = self.folder / "pictures" / f"step-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        with atomic.writing(path) as file:
-            Image.fromarray(picture).save(file, format="PNG")
+        _save_png(path, picture)
         return path
+
+    def save_paintings(self, step: int, pictures: Sequence[NDArray[np.uint8]]) -> None:
+        """Write `pictures/step-.../00.png`, `01.png`, ...: the held-out samples, painted with control."""
+        folder = self.folder / "pictures" / f"step-{step:08d}"
+        for i, picture in enumerate(pictures):
+            _save_png(folder / f"{i:02d}.png", picture)
+
+    def save_held_out(
+        self, samples: Sequence[dict[str, str]], pictures: Sequence[Mapping[str, NDArray[np.uint8]]]
+    ) -> None:
+        """Write `pictures/held-out.json`, what the samples are that are painted at each look, and of each what does not
+        change (`pictures/held-out/00-drawing.png`, ...), unless that is there."""
+        path = self.folder / "pictures" / "held-out.json"
+        if path.is_file() and json.loads(path.read_text()) == samples:
+            return
+        for i, named in enumerate(pictures):
+            for name, picture in named.items():
+                _save_png(self.folder / "pictures" / "held-out" / f"{i:02d}-{name}.png", picture)
+        atomic.write_json(path, samples)
+
+
+def _save_png(path: Path, picture: NDArray[np.uint8]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.writing(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:

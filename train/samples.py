@@ -236,6 +236,10 @@ class CachedSamples:
         """The numbers of a sample's captions."""
         return self.cache.index.captions(self.number(index))
 
+    def caption_texts(self, indices: Sequence[int]) -> list[str]:
+        """The first caption of each of these samples."""
+        return self.cache.caption_texts([int(self.captions(index)[0]) for index in indices])
+
     def caption_at(self, number: int, share: float) -> int:
         """Of the captions of the sample with this number the one at `share`, from 0 to 1, of their weights."""
         index = self.cache.index

@@ -19,6 +19,7 @@ from shared.config import to_dict
 from shared.families.base import Batch
 from shared.report import components_table, progress, quiet_libraries, say
 from train import attention, checkpoints, eight_bit, fit, models
+from train.baseline import Baseline
 from train.budget import grow_segments
 from train.config import TrainConfig
 from train.looks import Looks
@@ -120,11 +121,13 @@ class Trainer:
         if len(prepared.held_out) and accelerator.is_main_process:
             self.validation = Validation(
                 prepared.held_out, family, model, self.objective, options.validation,
-                seed=options.seed, device=self.device, dtype=self.dtype, modulation=modulation,
+                seed=options.seed, device=self.device, dtype=self.dtype, baseline=Baseline.of(self.run.folder),
+                modulation=modulation,
             )  # fmt: skip
         self.look = Looks(
             options.validation, accelerator, self.run, self.adapter, self.validation,
             last_step=options.steps, paints=model.has("vae"), compiled=self.models.compiled,
+            run_seconds=lambda: self.device_seconds / accelerator.num_processes,
         )  # fmt: skip
         counts, times = state.get("trainer", {}), state.get("times", {})
         self.samples_seen: int = counts.get("samples_seen", 0)
@@ -163,10 +166,7 @@ class Trainer:
         """Step until the last step, or until `stop` asks, looking at the held-out samples and saving on the way. Yields
         each step's number when all is done that belongs to it, so that several trainers can take turns."""
         options = self.options
-        if options.tracker != "none":
-            self.accelerator.init_trackers(
-                "tensorboard" if options.tracker == "tensorboard" else "underdrawing", config=None
-            )
+        self.look.begin(self.loader.step)
         self._since, waited = time.perf_counter(), _Waiting(self.loader.step + 1)
         try:
             if self.loader.step == 0:
@@ -239,6 +239,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of what goes on in the background."""
+        self.look.close()
         if self.models.modulation is not None:
             self.models.modulation.close()
 

@@ -1,4 +1,4 @@
-"""Does it learn, and does it follow the drawing? Held-out losses on a fixed grid, and pictures of held-out samples.
+"""Does it learn, and does it follow the drawing? Held-out losses on a fixed grid.
 
 The grid of (sample, t, noise) is the same at every step and in every run with the same seed and cache, so that losses
 compare. Three losses tell apart what one cannot: with the sample's own drawing, with *another* sample's drawing, and
@@ -9,7 +9,6 @@ but does as well with another drawing (`condition_gap` stays near 0).
 from __future__ import annotations
 
 import io
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared.errors import UserError
-from shared.families.base import Batch, Decode, Family, Inputs
+from shared.families.base import Batch, Family, Inputs
 from shared.model_folder import ModelFolder
-from shared.pictures import grid
 from train.adapters.controlnet import ControlNetAdapter
+from train.baseline import Baseline
 from train.loader import to_device
 from train.modulation import Modulation, Rows
 from train.objectives import Objective
@@ -32,9 +31,8 @@ from train.order import Permutation
 from train.samples import CachedSamples, Size
 
 Control = Literal["own", "other", "none"]
-_LOSSES, _PICTURES = 5, 6
-"""Ends of the seeds of the grid's noise: no training step draws from these."""
-HEADINGS = ("drawing", "with control", "without control", "original, by the VAE")
+_LOSSES = 5
+"""End of the seeds of the grid's noise: no training step draws from these."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,35 @@ class ValidationOptions:
     """Held-out samples that are painted, with and without control."""
     picture_steps: int = 20
     """Denoising steps of a picture."""
+    adherence_every: int = 500
+    """Steps between looks at whether paintings keep to their drawings (adherence): the detector that made the cache's
+    drawings draws what was painted. 0 turns them off. At 8 samples and 20 picture steps one costs about 55 training
+    steps of one sample."""
+    adherence_samples: int = 8
+    """Held-out samples that are painted for it. More make the figures' standard errors smaller."""
+    adherence_detector: str | None = None
+    """Which condition's detector draws the paintings where the drawings came with the images (`precomputed`): one that
+    draws alike, as canny. Of other conditions it is the one that drew them."""
+    adherence_device: Literal["cpu", "cuda"] = "cpu"
+    """Where the detector runs, in a process of its own. On the CPU it takes nothing of the GPU's memory, but for some
+    detectors a second or more for each picture."""
     batch_size: int = 4
     """Samples of one model call. Needs far less memory than a training batch of the same size."""
 
     def check(self) -> None:
         """Refuse impossible values."""
-        for name in ("samples", "timesteps", "pictures", "picture_steps", "batch_size"):
+        for name in ("samples", "timesteps", "pictures", "picture_steps", "adherence_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"validation.{name} must be 1 or more, not {getattr(self, name)}")
-        if self.every < 0 or self.pictures_every < 0:
-            raise UserError("validation.every and validation.pictures_every must be 0 (off) or more")
+        if min(self.every, self.pictures_every, self.adherence_every) < 0:
+            raise UserError(
+                "validation.every, validation.pictures_every and validation.adherence_every must be 0 (off) or more"
+            )
+
+    @property
+    def most_painted(self) -> int:
+        """Samples that are painted at most."""
+        return max(self.pictures if self.pictures_every else 0, self.adherence_samples if self.adherence_every else 0)
 
 
 def seed_of(*numbers: int) -> int:
@@ -90,21 +107,22 @@ class Validation:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        baseline: Baseline,
         modulation: Modulation | None = None,
     ) -> None:
-        """`modulation`: of a base that is hoisted."""
+        """`baseline`: where what the base does alone is kept. `modulation`: of a base that is hoisted."""
         self.samples, self.family, self.model, self.objective = samples, family, model, objective
         self.options, self.seed, self.device, self.dtype = options, seed, device, dtype
         self.batch_size = options.batch_size
         """Samples of one model call, which may be fewer than was asked for: see `take_fewer`."""
-        count = min(len(samples), max(options.samples, options.pictures))
+        count = min(len(samples), max(options.samples, options.most_painted))
         self.indices: list[int] = Permutation(len(samples), seed, "held out").of(np.arange(count)).tolist()
         self._without: torch.Tensor | None = None  # the base is frozen: computed once
-        self._pictures_without: dict[int, NDArray[np.uint8]] = {}
-        self._modulation = modulation
+        self._baseline = baseline
+        self.modulation = modulation
         self._grid_rows: Rows | None = None  # the same at every step: computed once, on the host
 
-    def _batches(self, indices: list[int]) -> Iterator[tuple[list[int], Batch]]:
+    def batches(self, indices: list[int]) -> Iterator[tuple[list[int], Batch]]:
         """(indices, batch) of at most `batch_size` samples of one shape, first captions, last (finest) drawings; of
         several conditions each sample has one."""
         for part in self._parts(indices):
@@ -127,10 +145,10 @@ class Validation:
         self._grid_rows = None
         return True
 
-    def _rows(self, parts: list[list[int]], t: torch.Tensor) -> Rows | None:
+    def rows(self, parts: list[list[int]], t: torch.Tensor) -> Rows | None:
         """The modulation of these batches, each at every t (J,): of batch k at t[j] in slot k * J + j. None where the
         base has its own."""
-        if self._modulation is None:
+        if self.modulation is None:
             return None
         layer, _, _ = self.family.pooled.partition(".")
         R = max(map(len, parts))
@@ -138,9 +156,9 @@ class Validation:
         for part in parts:
             embeds = self.samples.batch(part, layers=[layer]).tensors[self.family.pooled].to(self.dtype)
             slots += [torch.nn.functional.pad(embeds, (0, 0, 0, R - len(part)))] * len(t)
-        return self._modulation.compute(t.repeat(len(parts))[:, None].expand(-1, R), torch.stack(slots))
+        return self.modulation.compute(t.repeat(len(parts))[:, None].expand(-1, R), torch.stack(slots))
 
-    def _latents(self, batch: Batch, role: str) -> torch.Tensor:
+    def latents(self, batch: Batch, role: str) -> torch.Tensor:
         """Final latents (B, T, C), nothing drawn: posterior means, or the draws that are cached in their place."""
         return self.family.model_latents(batch.role(role), self.samples.recipes[role], None, self.dtype)
 
@@ -152,16 +170,16 @@ class Validation:
         J = self.options.timesteps
         times = torch.tensor([(j + 0.5) / J for j in range(J)])
         if self._grid_rows is None:
-            self._grid_rows = self._rows(self._parts(indices), times)
+            self._grid_rows = self.rows(self._parts(indices), times)
         losses = torch.full((len(indices), J), math.nan)
-        neighbours = {index: self._neighbour(index) for index in indices}
-        for k, (part, batch) in enumerate(self._batches(indices)):
-            x_0 = self._latents(batch, "latents")
-            condition = self._latents(batch, "condition_latents")
+        neighbours = {index: self.neighbour(index) for index in indices}
+        for k, (part, batch) in enumerate(self.batches(indices)):
+            x_0 = self.latents(batch, "latents")
+            condition = self.latents(batch, "condition_latents")
             if control == "other":
                 others = [neighbours[index] for index in part]
                 theirs = self.samples.batch(others, conditions=[self.samples.condition_of(index) for index in part])
-                condition = self._latents(to_device(theirs, self.device), "condition_latents")
+                condition = self.latents(to_device(theirs, self.device), "condition_latents")
             inputs = self.family.inputs(batch, condition, self.dtype)
             for j in range(J):
                 if self._grid_rows is not None:
@@ -169,34 +187,27 @@ class Validation:
                 t = times[j].expand(len(part)).to(self.device)
                 noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, j, _LOSSES) for index in part])
                 noised = self.objective.noise_at(x_0, t, noise.to(x_0))
-                prediction = self._predict(adapter, noised.x_t, t, inputs, control)
+                prediction = predict(adapter, noised.x_t, t, inputs, control)
                 loss = self.objective.loss(prediction, noised).cpu()
                 for row, index in enumerate(part):
                     if control != "other" or neighbours[index] != index:
                         losses[indices.index(index), j] = loss[row]
         return losses
 
-    def _neighbour(self, index: int) -> int:
+    def neighbour(self, index: int) -> int:
         """A held-out sample's partner of the same shape: the next one, around."""
         size = self.samples.size_of(index)
         return index + 1 if index + 1 < size.stop else size.start
-
-    @staticmethod
-    def _predict(
-        adapter: ControlNetAdapter, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, control: Control
-    ) -> torch.Tensor:
-        if control == "none":
-            return adapter.predict_without(x_t, t, inputs)
-        return adapter.predict(x_t, t, inputs)
 
     def held_out(self, adapter: ControlNetAdapter) -> dict[str, float]:
         """The figures of one look: losses, gaps with their standard errors, and the loss by t."""
         own = self.losses(adapter, "own")
         if self._without is None:
-            self._without = self.losses(adapter, "none")
+            self._without = self._losses_without(adapter)
         other = self.losses(adapter, "other")
         figures = {
             "loss": own.mean().item(),
+            "loss_error": standard_error(own),
             "loss_without_control": self._without.mean().item(),
             "control_gap": (self._without - own).mean().item(),
             "control_gap_error": standard_error(self._without - own),
@@ -208,79 +219,43 @@ class Validation:
             figures["condition_gap"] = (other - own)[paired].mean().item()
             figures["condition_gap_error"] = standard_error((other - own)[paired])
         for j, loss in enumerate(own.mean(dim=0).tolist()):
-            figures[f"loss_t{(j + 0.5) / self.options.timesteps:.3f}"] = loss
+            name = f"loss_t{(j + 0.5) / self.options.timesteps:.3f}"
+            figures |= {name: loss, f"{name}_error": standard_error(own[:, j : j + 1])}
         return figures
 
-    @torch.no_grad()
-    def pictures(self, adapter: ControlNetAdapter) -> NDArray[np.uint8]:
-        """Held-out samples as one picture: drawing, with control, without control, original. uint8 (H', W', 3)."""
-        indices = self.indices[: self.options.pictures]
-        painted: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {}
-        for part, batch in self._batches(indices):
-            x_0 = self._latents(batch, "latents")
-            inputs = self.family.inputs(batch, self._latents(batch, "condition_latents"), self.dtype)
-            noise = torch.stack([fixed_noise(x_0.shape[1:], self.seed, index, 0, _PICTURES) for index in part]).to(x_0)
-            new = any(index not in self._pictures_without for index in part)
-            ahead = None if self._modulation is None else self._rows([part], self._times(noise[:1]))
-            controlled = self._paint(adapter, noise, inputs, "own", ahead)
-            free = self._paint(adapter, noise, inputs, "none", ahead) if new else None
-            for row, index in enumerate(part):
-                painted[index] = controlled[row], None if free is None else free[row], x_0[row]
-        # The decoder is in memory only from here to the end of this function, when no activations are.
-        decode = self.family.open_decoder(self.model, str(self.device), self.dtype)
-        rows = []
-        for index in indices:
-            controlled_0, free_0, original_0 = painted[index]
-            if free_0 is not None:
-                self._pictures_without[index] = self._decode(decode, index, free_0)
-            rows.append(
-                [
-                    self._drawing(index),
-                    self._decode(decode, index, controlled_0),
-                    self._pictures_without[index],
-                    self._decode(decode, index, original_0),
-                ]
-            )
-        del decode
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return grid(rows, HEADINGS)
+    def _losses_without(self, adapter: ControlNetAdapter) -> torch.Tensor:
+        """The losses of the base alone: worked out once in a run, however often it is resumed."""
+        facts = {
+            **self.facts(self.indices[: self.options.samples]),
+            "timesteps": self.options.timesteps,
+        }
+        if (found := self._baseline.find("losses", facts)) is not None:
+            return found["without"]
+        losses = self.losses(adapter, "none")
+        self._baseline.keep("losses", facts, {"without": losses})
+        return losses
 
-    def _paint(
-        self, adapter: ControlNetAdapter, noise: torch.Tensor, inputs: Inputs, control: Control, rows: Rows | None
-    ) -> torch.Tensor:
-        """x_0 (B, T, C); of each denoising step the modulation is in a slot of `rows`."""
-        steps = itertools.count()
+    def facts(self, indices: list[int]) -> dict[str, Any]:
+        """What the base does alone on these samples depends on, of all that may change in a run."""
+        keys = [self.samples.key(index) for index in indices]
+        return {"keys": keys, "seed": self.seed, "dtype": str(self.dtype), "device": self.device.type}
 
-        def step(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            if rows is not None:
-                rows.use(next(steps), len(x_t))
-            return self._predict(adapter, x_t, t, inputs, control)
-
-        return self.family.sample(self.model, noise, self.options.picture_steps, step)
-
-    def _times(self, noise: torch.Tensor) -> torch.Tensor:
-        """t of each denoising step from noise (1, T, C) on: they do not depend on what is predicted."""
-        times: list[torch.Tensor] = []
-
-        def step(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            times.append(t)
-            return torch.zeros_like(x_t)
-
-        self.family.sample(self.model, noise, self.options.picture_steps, step)
-        return torch.cat(times)
-
-    def _decode(self, decode: Decode, index: int, x_0: torch.Tensor) -> NDArray[np.uint8]:
-        size = self.samples.size_of(index)
-        return decode(x_0[None], size.height, size.width)[0].numpy()
-
-    def _drawing(self, index: int) -> NDArray[np.uint8]:
+    def drawing(self, index: int) -> NDArray[np.uint8]:
         """The finest drawing of a sample's condition, as it was encoded."""
         samples = self.samples
         drawings = samples.cache.layer(samples.conditions[samples.condition_of(index)])
         key = samples.key(index)
         last = max(drawings.members(key), key=lambda member: int(member.split(".")[0]))
         return np.asarray(Image.open(io.BytesIO(drawings.read(key, last))).convert("RGB"))
+
+
+def predict(
+    adapter: ControlNetAdapter, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, control: Control
+) -> torch.Tensor:
+    """The model's prediction (B, T, C), with or without the ControlNet."""
+    if control == "none":
+        return adapter.predict_without(x_t, t, inputs)
+    return adapter.predict(x_t, t, inputs)
 
 
 def standard_error(differences: torch.Tensor) -> float:

@@ -54,7 +54,7 @@ def train_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
         tracker="none",
         loader=LoaderOptions(batch_size=2),
         optimizer=OptimizerOptions(learning_rate=1e-3, warmup_steps=2),
-        validation=ValidationOptions(every=0, pictures_every=0, picture_steps=2),
+        validation=ValidationOptions(every=0, pictures_every=0, adherence_every=0, picture_steps=2),
     )
     parts = {
         name: dataclasses.replace(getattr(options, name), **change)
