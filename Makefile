@@ -3,6 +3,8 @@
 #   make demo                                  the main job on what ships with the project, in minutes, without a GPU
 #   make preprocess DATA=~/pictures            encode images and captions once, into CACHE
 #   make train                                 train a ControlNet from CACHE; nothing is encoded again
+#   make sweep DEPTHS="2-0 2-4 5-10" RATES="1e-5 2e-5"  many experiments from one cache, and a page that compares them
+#   make compare RUNS="runs/a runs/b"          that page of any runs: curves, pictures, figures, what differs
 #   make sample RUN=runs/depth-2-4 IMAGE=drawing.png PROMPT="..."
 #   make sample RUN=runs/depth-2-4 PAIRS=pairs.jsonl   many at once, into a grid
 #   make export RUN=runs/depth-2-4             the ControlNet for others: diffusers, ComfyUI, a model card  (STEP=500)
@@ -15,6 +17,7 @@
 #   make repair                                encode again what is damaged in CACHE, and nothing else
 #   make prune                                 name what nothing in CACHE refers to; with YES=1 remove it
 #
+#   make check-adherence                       can adherence be trusted? a control experiment that must fail (minutes)
 #   make test                                  all tests (CPU, no network)
 #   make lint                                  ruff and mypy
 #   make torture                               kills, full disks, flipped bits: what comes of the cache (15 minutes)
@@ -28,6 +31,8 @@
 #   MODEL=black-forest-labs/FLUX.1-dev  CONDITION=lineart  RESOLUTION=512                   (preprocess status)
 #   GPUS=0,1,2,3        a process on each        ENGINE=ray  on a Ray cluster               (preprocess)
 #   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1  MEMORY=40GB  GLOBAL_BATCH=8          (train)
+#   DEPTHS RATES SEEDS  to combine    NAME=sweep  GPUS=0,1 (one experiment on each)  SHARED_BASE=1 (all on one base)  (sweep)
+#   RUNS="runs/a runs/b"  or a sweep's folder      OUT=compare.html                          (compare)
 #   DEPTH=all  RESOLUTION=512  TEXT_LENGTH=512  BATCH=1  GPU=a100|h200|4090  MEMORY=40GB  SAMPLES=10000  (plan)
 #   RECIPE=some.yaml    options from a file             ARGS="--option value ..."  any option of the command
 #   every option: python -m preprocess --help, python -m train --help, python -m train.sample --help, ...
@@ -50,7 +55,7 @@ several = $(if $($(1)),--$(2) $(subst $(comma), ,$($(1))))
 data = $(if $(DATA),--data "$(DATA)")
 of_preprocess = $(call option,MODEL,model) $(call several,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution)
 
-.PHONY: help demo preprocess train sample export upload plan status inspect verify repair prune test lint torture bench bench-cache clean
+.PHONY: help demo preprocess train sweep compare sample export upload plan status inspect verify repair prune test check-adherence lint torture bench bench-cache clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -81,6 +86,16 @@ train: $(INSTALLED)
 		$(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,NAME,name) $(call option,MODEL,model) \
 		$(call several,CONDITION,condition) $(call option,STEPS,steps) $(call option,MEMORY,memory.budget) \
 		$(call option,GLOBAL_BATCH,loader.global-batch) $(ARGS)
+
+sweep: $(INSTALLED)
+	@$(RUN_PYTHON) -m train.sweep $(recipe) --cache "$(CACHE)" $(call several,DEPTHS,depths) $(call several,RATES,rates) \
+		$(call several,SEEDS,seeds) $(call option,NAME,name) $(call option,MODEL,model) $(call several,CONDITION,condition) \
+		$(call option,DEPTH,depth) $(call option,STEPS,steps) $(call option,MEMORY,memory.budget) \
+		$(call option,GLOBAL_BATCH,loader.global-batch) $(call several,GPUS,gpus) $(if $(SHARED_BASE),--shared-base True) $(ARGS)
+
+compare: $(INSTALLED)
+	@$(if $(RUNS),,echo 'error: make compare needs RUNS="runs/a runs/b", or the folder of a sweep' >&2; exit 2)
+	@$(RUN_PYTHON) -m train.compare --runs $(RUNS) $(call option,OUT,out) $(ARGS)
 
 sample: $(INSTALLED)
 	@$(if $(and $(RUN),$(or $(PAIRS),$(and $(IMAGE),$(PROMPT)))),,echo \
@@ -118,6 +133,9 @@ prune: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(RUN_PYTHON) -m pytest -n 2 $(ARGS)
+
+check-adherence: $(INSTALLED)
+	@$(RUN_PYTHON) -m examples.check_adherence $(ARGS)
 
 lint: $(INSTALLED)
 	@$(RUN_PYTHON) -m ruff check .
