@@ -20,6 +20,7 @@ from benchmarks.overhead import Encoders
 from preprocess.pipeline import preprocess
 from shared.errors import UserError
 from shared.families.base import Encode, LayerKind, Tensors
+from tests import forked
 
 TOY = FluxSamples(resolution=64, count=20, text_length=4)
 TINY = Encoders(vae_channels=(8, 8, 8, 8), t5_width=32, t5_layers=1, text_length=16, resolution=64, count=9)
@@ -167,7 +168,10 @@ def test_ratios_are_of_the_same_round() -> None:
     assert figures.ratio(loader.ONE_WORKER, ["a", "b"]) == 4.0
 
 
-def test_an_index_is_opened_in_a_process_of_its_own_and_looked_up(tmp_path: Path) -> None:
+def test_an_index_is_opened_in_a_process_of_its_own_and_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "subprocess", forked)
     ((cold, warm),) = index.measure(tmp_path, [300], steps=5)
     assert (warm.rows, warm.shards) == (300, 10)  # latents 2, their condition's 2, CLIP 1, T5 5
     assert warm.index_bytes == cold.index_bytes > 300 * 100

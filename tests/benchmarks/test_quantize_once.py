@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
+from benchmarks import quantize_once
 from benchmarks.quantize_once import Figures, Size, Start, measure, report
+from tests import forked
 
 
-def test_the_benchmark_measures_what_it_promises(tmp_path: Path) -> None:
+def test_the_benchmark_measures_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_once, "subprocess", forked)
     figures = measure(tmp_path, Size(num_attention_heads=2, num_layers=2, num_single_layers=8), "cpu", compare=False)
     assert list(figures.starts) == ["first", "second", "elsewhere"]
     assert figures.identical

@@ -27,6 +27,7 @@ from benchmarks.step.ways import WAYS
 from shared import families
 from shared.errors import UserError
 from shared.report import quiet_libraries
+from tests import forked
 from train.memory_plan import Recompute
 
 CPU = torch.device("cpu")
@@ -416,7 +417,10 @@ def test_no_cell_is_begun_with_too_little_time(tmp_path: Path, monkeypatch: pyte
     assert (left, asked) == (2, ["ours"])
 
 
-def test_a_cell_is_measured_in_a_process_of_its_own_and_a_late_one_is_ended(tmp_path: Path) -> None:
+def test_a_cell_is_measured_in_a_process_of_its_own_and_a_late_one_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "subprocess", forked)
     found = slices._in_own_process(Cell("ceilings"), "tiny", "cpu", 300.0, tmp_path)
     assert found is not None
     assert "gemm" in found, found
@@ -424,7 +428,8 @@ def test_a_cell_is_measured_in_a_process_of_its_own_and_a_late_one_is_ended(tmp_
     assert slices._in_own_process(Cell("ceilings"), "tiny", "cpu", 0.0, tmp_path) is None
 
 
-def test_what_a_failed_process_printed_is_kept(tmp_path: Path) -> None:
+def test_what_a_failed_process_printed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "subprocess", forked)
     found = slices._in_own_process(Cell("ceilings"), "no such size", "cpu", 300.0, tmp_path)
     assert found is not None
     assert found["outcome"] == FAILED
