@@ -122,9 +122,10 @@ def begin(options: TrainConfig, stack: ExitStack) -> Begun | None:
     before, checkpoint = _begun_before(run, options, ground.facts, accelerator, stack)
     if checkpoint is not None:
         if accelerator.is_main_process:
-            checkpoints.link(run.folder, checkpoint)  # a kill may have come between the two
+            checkpoints.settle(run.folder, checkpoint, options.checkpoint.keep)  # a kill may have come before
         if (done := checkpoints.step_of(checkpoint)) >= options.steps:
             if accelerator.is_main_process:
+                run.note({"ended": {"step": done, "why": "trained"}})  # a kill may have come before, too
                 say(f"{run.folder} is already trained to step {done}: raise STEPS to go on, or choose another NAME")
             return None
     return Begun(options, ground, accelerator, run, before, checkpoint)
