@@ -53,12 +53,14 @@ def open_base(
     device: torch.device,
     dtype: torch.dtype,
     hoist: bool,
+    quantize_on: torch.device | None = None,
 ) -> torch.nn.Module:
     """The frozen base on the device, held as `options.weights` says, everything else of it in `dtype`.
 
     `folder` is where quantized bases are kept (`BaseOptions.folder_beside`). With int8 the base is made there once, by
     one process while others wait; what an interrupted one has made is not made again, a file that is damaged is. With
     `hoist` the modulation's linears are `HoistedLinear`, and their weights are not read: `LinearsOnDisk` has them.
+    `quantize_on`: where a base that is not there yet is quantized, if not on the device that it goes to.
 
     Raises `UserError` where the model's files do not fit its configuration or the folder cannot be written.
     """
@@ -67,7 +69,7 @@ def open_base(
         hoist_modulation(family, base)
     source = Source(family, model, base, dtype)
     if options.weights == "int8":
-        store = Store(source, folder / _name(source, folder, hoist), device)
+        store = Store(source, folder / _name(source, folder, hoist), device, quantize_on or device)
         for block in family.blocks(base):
             make_room(block)
         store.make()
@@ -140,7 +142,9 @@ class Store:
     source: Source
     folder: Path
     device: torch.device
-    """Where tensors are quantized, and where they go."""
+    """Where tensors go."""
+    quantize_on: torch.device
+    """Where they are quantized."""
     _warned: bool = False
 
     def make(self) -> None:
@@ -183,7 +187,7 @@ class Store:
         for name, tensor in self.source.read(part):
             layer, _, kind = name.rpartition(".")
             if kind == "weight" and layer in self.source.linears:
-                integers, scale = quantized(tensor.to(self.device))
+                integers, scale = quantized(tensor.to(self.quantize_on))
                 tensors[f"{layer}.weight_int8"], tensors[f"{layer}.scale"] = integers.cpu(), scale.cpu()
             else:
                 tensors[name] = tensor.contiguous()

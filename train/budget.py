@@ -41,6 +41,9 @@ class MemoryOptions:
     stream: Literal["auto", "yes", "no"] = "auto"
     """Keep the base's blocks in the host's memory and copy each to the GPU just before it is needed: saves 8 GiB, and
     costs time where a step is shorter than the copies (0.7 s over PCIe 4). auto: where nothing else makes it fit."""
+    shard: Literal["auto", "yes", "no"] = "auto"
+    """Spread the base's blocks over the cards of a machine (FSDP2), where several processes train; each gathers a block
+    when it is its turn. auto: where the base does not fit one card, before streaming is thought of."""
 
     def check(self) -> None:
         """Refuse impossible values."""
@@ -49,6 +52,10 @@ class MemoryOptions:
         parse_recompute(self.recompute)
         if self.hoist_steps < 1:
             raise UserError(f"memory.hoist_steps must be 1 or more, not {self.hoist_steps}")
+        if self.shard == self.stream == "yes":
+            raise UserError(
+                "memory.shard and memory.stream: the base's blocks are on other cards or on the host, not both"
+            )
 
     def unused(self) -> list[str]:
         """Options that differ from their default but have no effect beside the others: warn of them."""

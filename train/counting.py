@@ -62,7 +62,9 @@ class Setting:
     batch_size: int = 1
     accumulation: int = 1
     num_processes: int = 1
-    """Each on a card of its own: with several, gradients are also kept in the buckets in which they are averaged."""
+    """Each on a card of its own: with several, gradients lie in the buckets in which they are averaged."""
+    cards: int = 1
+    """Of those processes' cards, how many are in each machine."""
     family: str = "flux"
     model: ModelFolder | None = None
     """The base, of which the configuration is read; None: the family's default model, which need not be here."""
@@ -72,6 +74,8 @@ class Setting:
     """The base's modulation is computed ahead and is not on the device."""
     stream: bool = False
     """The base's blocks lie on the host and come when they are needed."""
+    shard: bool = False
+    """The base's blocks are spread over a machine's cards."""
     dtype: torch.dtype = torch.bfloat16
     """Of the computation."""
     weights: torch.dtype = torch.bfloat16
@@ -204,8 +208,10 @@ def trace(setting: Setting, *, whole: bool = False) -> Trace:
 
     Settings that differ in nothing that a trace depends on share one."""
     release = OptimizerOptions(release=True, clip="parameter") if setting.optimizer.release else OptimizerOptions()
+    # The buckets of several processes are there before backward, as gradients are that were accumulated already.
+    accumulation = min(setting.accumulation, 2) if setting.num_processes == 1 else 2
     alike = replace(
-        setting, stream=False, optimizer=release, accumulation=min(setting.accumulation, 2), num_processes=1
+        setting, stream=False, shard=False, cards=1, num_processes=1, accumulation=accumulation, optimizer=release
     )
     return _trace(alike, whole)
 

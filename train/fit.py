@@ -57,6 +57,7 @@ class Fit:
     """The user's, with the batch size and the accumulation that were chosen."""
     hoist: bool
     stream: bool
+    shard: bool
     budget_bytes: int | None
     setting: Setting | None
     """The largest step of the run, where it was counted."""
@@ -74,6 +75,7 @@ class Fit:
             f"{_blocks(self.setting, self.recompute)} recomputed"
             + (", modulation kept off the device" if self.hoist else "")
             + (", the base's blocks streamed from the host" if self.stream else "")
+            + (f", the base's blocks spread over {self.setting.cards} cards" if self.shard else "")
         )
 
 
@@ -85,12 +87,14 @@ def decide(
     device: torch.device,
     free_bytes: int | None,
     num_processes: int = 1,
+    cards: int = 1,
     saved: Mapping[str, Any] | None = None,
 ) -> Fit:
     """What to do for a run: of all ways to make up a global batch the one of the fewest operations, of equal ones the
     largest batch; and then as little as will do.
 
     `setting` is the largest step but for its batch and what is decided here: depth, largest size, model, optimizer.
+    `cards`: of the processes' cards, how many are in each machine.
     `free_bytes` is what an automatic budget may take, None for no limit: see `free_bytes`, the least of all processes'.
     `saved` is the loader's state of the checkpoint to go on from, whose batches stay. Some seconds where there is a
     budget. Raises `UserError`, which names the cheapest change, where nothing fits.
@@ -100,7 +104,9 @@ def decide(
         warn(f"the device has {free_bytes / GIB:.1f} GiB free, less than MEMORY {memory.budget}: that is the budget")
         budget = free_bytes
     hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda")
-    setting = replace(setting, hoist=hoist, stream=memory.stream == "yes", num_processes=num_processes)
+    shard = _may_shard(memory, setting, cards)
+    setting = replace(setting, hoist=hoist, stream=memory.stream == "yes", shard=memory.shard == "yes")
+    setting = replace(setting, num_processes=num_processes, cards=cards)
     given = parse_recompute(memory.recompute)
 
     def found(loader: LoaderOptions) -> tuple[float, Fit] | None:
@@ -108,17 +114,21 @@ def decide(
         here = replace(setting, batch_size=loader.batch_size, accumulation=loader.accumulation)
         if budget is None:
             kept = Recompute(*(given or (0, 0)), peak_bytes=0)
-            return 0.0, Fit(loader, hoist, here.stream, None, None, kept, fixed=given is not None)
+            return 0.0, Fit(loader, hoist, here.stream, here.shard, None, None, kept, fixed=given is not None)
         chosen = _given(here, given) if given is not None else fitting(here, budget)
+        if chosen is None and shard and not here.stream:  # other cards are nearer than the host
+            spread = replace(here, shard=True)
+            if (chosen := fitting(spread, budget)) is not None:
+                here = spread
         if chosen is None and memory.stream == "auto" and here.base != "quanto":  # quanto's own cannot be moved
-            here = replace(here, stream=True)
+            here = replace(here, stream=True, shard=False)
             chosen = fitting(here, budget)
         if chosen is None:
             return None
         counted = count(here, chosen.base_blocks, chosen.controlnet_blocks)
         flops = counted.model_flops + counted.recomputed_flops
         flops += loader.accumulation * BATCH_FLOPS * counted.num_base_parameters
-        return flops, Fit(loader, hoist, here.stream, budget, here, chosen, fixed=given is not None)
+        return flops, Fit(loader, hoist, here.stream, here.shard, budget, here, chosen, fixed=given is not None)
 
     if loader.global_batch is not None and saved is not None:
         loader = _as_saved(loader, saved, num_processes)
@@ -137,6 +147,18 @@ def decide(
     first = replace(setting, batch_size=ways[0].batch_size, accumulation=ways[0].accumulation)
     fewest_recomputed(first, budget)
     raise AssertionError("it fits after all")
+
+
+def _may_shard(memory: MemoryOptions, setting: Setting, cards: int) -> bool:
+    """Whether the base can be spread over cards, and may. Raises `UserError` where it must and cannot."""
+    if memory.shard == "yes" and cards == 1:
+        raise UserError(
+            "memory.shard yes: there is one process on this machine, and the base is spread over those of a machine: "
+            "start several with accelerate launch, or set memory.shard auto"
+        )
+    if memory.shard == "yes" and setting.base == "quanto":
+        raise UserError("memory.shard yes: quanto's own weights cannot be cut; set base.weights int8")
+    return memory.shard == "auto" and cards > 1 and setting.base != "quanto"
 
 
 def _given(setting: Setting, blocks: tuple[int, int]) -> Recompute:
@@ -298,6 +320,7 @@ class Guard:
             "recomputed_controlnet_blocks": self.recompute.controlnet_blocks,
             "hoist": self.fit.hoist,
             "stream": self.fit.stream,
+            "shard": self.fit.shard,
             "batch_size": self.fit.loader.batch_size,
             "accumulation": self.fit.loader.accumulation,
         }

@@ -139,7 +139,8 @@ _scratch: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
 def _dequantized(weight_int8: torch.Tensor, scale: torch.Tensor, *, backward: bool = False) -> torch.Tensor:
     """(N, K) in the scale's dtype, valid until the next call: all layers of a queue share one room, so that a pass
     over the model needs memory for its largest weight and not for what an allocator keeps of all of them."""
-    if torch.compiler.is_compiling() or type(weight_int8) is not torch.Tensor or weight_int8.is_meta:
+    plain = type(weight_int8) in (torch.Tensor, torch.nn.Parameter)  # a parameter where it is spread over cards
+    if torch.compiler.is_compiling() or not plain or weight_int8.is_meta:
         # A compiler plans memory itself; a fake tensor has none. Where it sees one product both in forward and in
         # backward, it keeps the matrix in between: 16 GiB of them. In another order it is another product to it.
         return scale * weight_int8 if backward else weight_int8 * scale

@@ -23,6 +23,7 @@ from train.compile import eager
 from train.detector import Detector, NoDetectorError
 from train.painting import HEADINGS, Painter, Picture, References
 from train.run import Run
+from train.sharding import Shards, main_alone
 from train.validation import Validation, ValidationOptions, flatten
 
 CURVES = ("held_out/condition_gap", "adherence/region_iou", "adherence/edge_f1")
@@ -44,13 +45,14 @@ class Looks:
         paints: bool,
         compiled: bool,
         run_seconds: Callable[[], float],
+        shards: Shards | None = None,
     ) -> None:
         """`validation`: of the main process, where there are held-out samples. `paints`: whether there is a VAE.
         `compiled`: nothing is compiled for looks, they come too seldom. `run_seconds`: how long the run has taken up to
-        the look, all its starts together."""
+        the look, all its starts together. `shards`: the base, where it is spread over cards."""
         self.options, self.accelerator, self.run, self.adapter = options, accelerator, run, adapter
         self.validation, self.last_step, self.paints, self.compiled = validation, last_step, paints, compiled
-        self._run_seconds = run_seconds
+        self._run_seconds, self._shards = run_seconds, shards
         self.seconds = 0.0
         """That all looks of the run took."""
         self.figures: dict[str, Any] = {}
@@ -102,8 +104,9 @@ class Looks:
         if not any(every and self._now(every, step) for every in self._all_every(options)):
             return
         began = time.perf_counter()
-        if self.validation is not None:
-            self._look(self.validation, step, began)
+        with main_alone(self._shards):
+            if self.validation is not None:
+                self._look(self.validation, step, began)
         self.accelerator.wait_for_everyone()
         self.seconds += time.perf_counter() - began
 

@@ -17,6 +17,7 @@ from shared.errors import UserError
 from train.buckets import make_buckets
 from train.counting import ROUNDING, Holder, Segment, Setting, Trace, Work, trace
 from train.offload import NUM_SLOTS
+from train.sharding import GATHERED
 from train.streaming import PLACES
 
 GIB = 2**30
@@ -32,9 +33,9 @@ _COMPONENT: dict[Holder, str] = {
     "step": "batch and loss",
     "loss": "batch and loss",
 }
-_STEPPED_BYTES = 8
-"""For each value that is stepped at once, where it is bfloat16. A test of the optimizer holds both figures."""
-_MEASURED_BYTES = 14
+_STEPPED_BYTES = {torch.bfloat16: 8, torch.float32: 4}
+"""For each value that is stepped at once, by the dtype of the weights. A test of the optimizer holds all figures."""
+_MEASURED_BYTES = {torch.bfloat16: 14, torch.float32: 12}
 """The same in a step that measures what survives rounding."""
 
 
@@ -162,6 +163,8 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if not setting.hoist:
         kept = replace(kept, hoist=True)
         yield "--memory.hoist yes", kept
+    if setting.cards > 1 and not setting.shard and not setting.stream and setting.base != "quanto":
+        yield "--memory.shard yes", replace(kept, shard=True)
     for batch_size in range(setting.batch_size - 1, 0, -1):
         if setting.batch_size % batch_size == 0 and not setting.optimizer.release:
             accumulation = setting.accumulation * setting.batch_size // batch_size
@@ -250,6 +253,8 @@ def _peak(setting: Setting, traced: Trace, segments: Iterator[Segment]) -> _Peak
     weights = _weight_bytes(setting, traced)
     states, stepping = _optimizer_bytes(setting, traced)
     held: Counter[Holder] = Counter({"step": traced.weights.batch})
+    # Of several processes the buckets, in which the gradients lie. What is accumulated before processes meet is beside
+    # them: only the last batch's backward brings it in.
     copies = (setting.accumulation > 1) + (setting.num_processes > 1)
     held["gradients"] = copies * sum(_trained_bytes(setting, traced))
     live = weights + states + sum(held.values())
@@ -294,7 +299,11 @@ def _weight_bytes(setting: Setting, traced: Trace) -> int:
 def _base_bytes(setting: Setting, traced: Trace) -> int:
     blocks = traced.weights.base_blocks
     # Streamed, a block's matrices are on the device only while it is their turn; the rest of it is next to nothing.
-    return traced.weights.base + (PLACES * max(blocks) if setting.stream else sum(blocks))
+    if setting.stream:
+        return traced.weights.base + PLACES * max(blocks)
+    if setting.shard:
+        return traced.weights.base + -(-sum(blocks) // setting.cards) + GATHERED * max(blocks)
+    return traced.weights.base + sum(blocks)
 
 
 def _trained_bytes(setting: Setting, traced: Trace) -> list[int]:
@@ -307,10 +316,8 @@ def _optimizer_bytes(setting: Setting, traced: Trace) -> tuple[int, int]:
     sizes, largest = _buckets(setting, traced)
     on_host = setting.optimizer.states == "cpu"
     slots = NUM_SLOTS * max(sizes) if on_host else 0
-    stepped = 0
-    if setting.weights == torch.bfloat16:
-        stepped = largest * (_MEASURED_BYTES if setting.optimizer.survival_every else _STEPPED_BYTES)
-    return 0 if on_host else sum(sizes), slots + stepped
+    stepped = (_MEASURED_BYTES if setting.optimizer.survival_every else _STEPPED_BYTES)[setting.weights]
+    return 0 if on_host else sum(sizes), slots + largest * stepped
 
 
 def _states_bytes(setting: Setting, traced: Trace) -> int:

@@ -16,7 +16,7 @@ import torch
 from shared.families.base import Family
 from shared.model_folder import ModelFolder
 from shared.report import Component, component
-from train import checkpoints, compile, eight_bit, streaming
+from train import checkpoints, compile, eight_bit, sharding, streaming
 from train.adapters.controlnet import ControlNetAdapter, parse_depth
 from train.base_store import open_base
 from train.config import TrainConfig
@@ -33,6 +33,8 @@ class Base:
     module: torch.nn.Module
     stream: streaming.Stream | None
     """Where its blocks are, if they are streamed."""
+    shards: sharding.Shards | None
+    """Where they are, if they are spread over cards."""
     hoisted: bool
     compiled: bool
     attention: str
@@ -49,6 +51,8 @@ class Models:
     """Where the base's is kept off the device."""
     stream: streaming.Stream | None
     """Where the base's blocks are."""
+    shards: sharding.Shards | None
+    """Its blocks, where they are spread over cards."""
     compiled: bool
     components: list[Component]
 
@@ -64,11 +68,17 @@ def open_frozen(
     stream: bool,
     num_shapes: int,
     attention: str,
+    shard_over: int = 1,
 ) -> Base:
     """The base, computed in `dtype`; hoisted or streamed as `train.fit` has decided. `num_shapes`: how many shapes full
-    batches will have. `attention`: the kernel that it will be computed with. Raises `UserError`."""
+    batches will have. `attention`: the kernel that it will be computed with. `shard_over`: the cards of each machine
+    that its blocks are spread over. Raises `UserError`."""
     folder = options.base.folder_beside(options.cache, options.remote)
-    base = open_base(family, model, options.base, folder=folder, device=device, dtype=dtype, hoist=hoist)
+    # What a card does not hold whole does not go there whole either.
+    held_on = device if shard_over == 1 else torch.device("cpu")
+    base = open_base(
+        family, model, options.base, folder=folder, device=held_on, dtype=dtype, hoist=hoist, quantize_on=device
+    )
     counted = component(f"{family.name} base", base)
     eight_bit.use(base, options.speed.arithmetic, device)
     compiled = compile.wanted(options.speed, device)
@@ -76,7 +86,8 @@ def open_frozen(
         compile.keep_in(folder / COMPILED, attention)
         compile.compile_blocks(family.blocks(base), num_shapes=num_shapes)
     streamed = streaming.stream(family, base, device) if stream else None
-    return Base(base, streamed, hoist, compiled, attention, counted)
+    shards = sharding.shard(family, base, device, cards=shard_over) if shard_over > 1 else None
+    return Base(base, streamed, shards, hoist, compiled, attention, counted)
 
 
 def load(
@@ -114,4 +125,4 @@ def load(
     adapter = ControlNetAdapter(family, base.module, controlnet, options.controlnet)
     if checkpoint is not None:
         adapter.load(checkpoint / checkpoints.CONTROLNET)
-    return Models(adapter, modulation, base.stream, base.compiled, components)
+    return Models(adapter, modulation, base.stream, base.shards, base.compiled, components)

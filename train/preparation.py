@@ -3,7 +3,6 @@ before a weight is loaded."""
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from shared.errors import EXIT_REFUSED, UserError
 from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import say, warn
-from train import checkpoints, fit
+from train import checkpoints, fit, processes
 from train.adapters.controlnet import ControlNetOptions, parse_depth
 from train.config import TrainConfig
 from train.counting import Setting
@@ -117,9 +116,11 @@ def ground_of(options: TrainConfig) -> Ground:
 def begin(options: TrainConfig, stack: ExitStack) -> Begun | None:
     """Take hold of the run's folder; None where the run is trained already. Raises `UserError`."""
     ground = ground_of(options)
-    accelerator = _accelerator(options)
+    accelerator = processes.accelerator(options)
+    processes.refuse_different(accelerator, options, ground.facts)
     run = Run(Path(options.runs) / options.run_name)
     before, checkpoint = _begun_before(run, options, ground.facts, accelerator, stack)
+    processes.refuse_unseen(accelerator, checkpoint)
     if checkpoint is not None:
         if accelerator.is_main_process:
             checkpoints.settle(run.folder, checkpoint, options.checkpoint.keep)  # a kill may have come before
@@ -169,16 +170,6 @@ def _depth(family: Family, options: TrainConfig, checkpoint: Path | None) -> tup
     if (start := options.controlnet.start_from) is None:
         return parse_depth(options.depth)
     return family.controlnet_depth(start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET))
-
-
-def _accelerator(options: TrainConfig) -> Accelerator:
-    if options.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise UserError("tracker wandb: the package is not installed; run pip install wandb")
-    return Accelerator(
-        cpu=options.device == "cpu",
-        log_with=None if options.tracker == "none" else options.tracker,
-        project_dir=str(Path(options.runs) / options.run_name),
-    )
 
 
 def _begun_before(
@@ -238,6 +229,7 @@ def decide_fit(
         device=accelerator.device,
         free_bytes=free_bytes,
         num_processes=accelerator.num_processes,
+        cards=processes.per_machine(accelerator),
         saved=None if checkpoint is None else checkpoints.state(checkpoint)["loader"],
     )
     options.optimizer.check_release(fitted.loader.accumulation, accelerator.num_processes)

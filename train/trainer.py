@@ -13,12 +13,11 @@ from contextlib import ExitStack, closing
 from functools import partial
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from shared.config import to_dict
 from shared.families.base import Batch
 from shared.report import components_table, progress, quiet_libraries, say
-from train import attention, checkpoints, eight_bit, fit, models
+from train import attention, checkpoints, eight_bit, fit, models, processes
 from train.baseline import Baseline
 from train.budget import grow_segments
 from train.config import TrainConfig
@@ -72,6 +71,7 @@ def open_base(prepared: Sequence[Prepared], attention: str) -> models.Base:
         first.options, first.family, first.model,
         device=device, dtype=dtypes(first.options, device)[0], hoist=first.fitted.hoist, stream=first.fitted.stream,
         num_shapes=len(shapes), attention=attention,
+        shard_over=processes.per_machine(first.accelerator) if first.fitted.shard else 1,
     )  # fmt: skip
 
 
@@ -98,12 +98,9 @@ class Trainer:
         state = {} if checkpoint is None else checkpoints.state(checkpoint)
         if checkpoint is not None:
             self.optimizer.load_state(checkpoints.optimizer_tensors(checkpoint), state["optimizer"])
-        if accelerator.num_processes > 1:
-            self.adapter.module = DistributedDataParallel(
-                self.adapter.controlnet,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                find_unused_parameters=self.adapter.has_idle_parameters,
-            )
+        self.adapter.module = processes.together(
+            self.adapter.controlnet, accelerator, idle=self.adapter.has_idle_parameters
+        )
         self.objective: Objective = FlowMatching(options.objective)
         self.step = Step(
             family, self.adapter, self.objective, self.optimizer,
@@ -127,7 +124,7 @@ class Trainer:
         self.look = Looks(
             options.validation, accelerator, self.run, self.adapter, self.validation,
             last_step=options.steps, paints=model.has("vae"), compiled=self.models.compiled,
-            run_seconds=lambda: self.device_seconds / accelerator.num_processes,
+            run_seconds=lambda: self.device_seconds / accelerator.num_processes, shards=self.models.shards,
         )  # fmt: skip
         counts, times = state.get("trainer", {}), state.get("times", {})
         self.samples_seen: int = counts.get("samples_seen", 0)
@@ -148,9 +145,11 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         step = self.loader.step
+        num_processes, size = self.accelerator.num_processes, self.loader.options.batch_size
+        if step and (remark := processes.changed(self.run, num_processes, self.loader.options)) is not None:
+            say(remark)
         self.run.begin(self.options, self.prepared.facts, step, self.models.components)
-        processes, batch = self.accelerator.num_processes, self.loader.options.batch_size * self.loader.batches_per_step
-        self.run.note({"num_processes": processes, "global_batch": batch})
+        self.run.note({"num_processes": num_processes, "global_batch": size * self.loader.batches_per_step})
         # Figures after the last checkpoint are of steps that are now run again; all, if there was none yet.
         self.run.keep_metrics_until(step or -1)
         if step:

@@ -1,12 +1,15 @@
-"""Two processes are one process with twice the accumulation: the same losses, the same weights on both."""
+"""Several processes are one process with as much more accumulation: the same losses, the same weights on all, whether
+each has the whole base or they hold it together; and no sample comes twice."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
 import time
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -19,53 +22,86 @@ from shared.errors import run_command_line
 from tests.train.conftest import controlnet_tensors, losses, metrics, samples_of, train_options
 from train import checkpoints
 from train.config import TrainConfig
+from train.loader import Loader, LoaderOptions
 from train.step import Step
 from train.trainer import Trainer, train
 
 
-def train_as(rank: int, port: int, options: TrainConfig, folder: Path, poisoned: str | None) -> None:
-    """One of two processes; its weights after every step go to `folder`. `poisoned`: the loss of this sample is NaN."""
+@dataclass
+class World:
+    """Processes that train together, and what is peculiar to them."""
+
+    folder: Path
+    """Of each process: its stderr, its weights at the end, the samples that it saw, what it holds of the base."""
+    count: int = 2
+    per_machine: int = 2
+    poisoned: str | None = None
+    """The loss of this sample is NaN."""
+    last: TrainConfig | None = None
+    """The options of the last process, if others."""
+
+    def seen(self) -> list[tuple[int, str]]:
+        """(position, key) of every sample that any process saw."""
+        lines = [line for rank in range(self.count) for line in (self.folder / f"seen-{rank}").read_text().splitlines()]
+        return [(int(position), key) for position, key in (line.split(" ", 1) for line in lines)]
+
+
+def train_as(rank: int, port: int, options: TrainConfig, world: World) -> None:
+    """One of several processes."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+        RANK=str(rank), LOCAL_RANK=str(rank % world.per_machine), WORLD_SIZE=str(world.count),
+        LOCAL_WORLD_SIZE=str(world.per_machine), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
     )  # fmt: skip
+    folder = world.folder
     sys.stderr = (folder / f"stderr-{rank}").open("w", buffering=1)
     end, loss = Trainer.run_to_the_end, Step.loss
 
     def run_to_the_end(self: Trainer) -> None:
         end(self)
         self.adapter.save(folder / f"rank-{rank}")
+        if self.models.shards is not None:
+            weights = [parameter for block in self.models.shards.blocks for parameter in block.parameters()]
+            held = [self.models.shards.held_bytes, sum(weight.numel() * weight.itemsize for weight in weights)]
+            (folder / f"held-{rank}").write_text(json.dumps(held))
 
     def poisoned_loss(self: Step, batch: Any) -> torch.Tensor:
+        with (folder / f"seen-{rank}").open("a") as seen:
+            seen.writelines(f"{batch.position} {key}\n" for key in batch.keys)
+        poisoned = world.poisoned
         factors = [float("nan") if key == poisoned else 1.0 for key in batch.keys]
         return loss(self, batch) * torch.tensor(factors)
 
     Trainer.run_to_the_end = run_to_the_end  # type: ignore[method-assign]
     Step.loss = poisoned_loss  # type: ignore[method-assign]
-    run_command_line(lambda: train(options))
+    is_last = rank == world.count - 1
+    run_command_line(lambda: train(world.last if is_last and world.last is not None else options))
 
 
-def started(
-    context: ForkServerContext, options: TrainConfig, folder: Path, poisoned: str | None = None
-) -> list[ForkServerProcess]:
-    folder.mkdir(exist_ok=True)
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [context.Process(target=train_as, args=(rank, port, options, folder, poisoned)) for rank in (0, 1)]
-    for process in both:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def started(context: ForkServerContext, options: TrainConfig, world: World) -> list[ForkServerProcess]:
+    world.folder.mkdir(exist_ok=True)
+    port = free_port()
+    all_of_them = [context.Process(target=train_as, args=(rank, port, options, world)) for rank in range(world.count)]
+    for process in all_of_them:
         process.start()
-    return both
+    return all_of_them
 
 
-def exit_codes(both: list[ForkServerProcess], folder: Path) -> list[int | None]:
+def exit_codes(both: list[ForkServerProcess], world: World) -> list[int | None]:
     for process in both:
-        process.join(60)
+        process.join(120)
         if process.is_alive():
             process.kill()
             process.join()
-    for rank in (0, 1):
-        print((folder / f"stderr-{rank}").read_text())
+    for rank in range(world.count):
+        print((world.folder / f"stderr-{rank}").read_text())
     return [process.exitcode for process in both]
 
 
@@ -73,44 +109,75 @@ def looks() -> dict[str, int]:
     return {"every": 3, "pictures_every": 6, "samples": 2, "timesteps": 2, "pictures": 1}
 
 
-@pytest.mark.parametrize(
-    ("depth", "accumulation"), [("1-1", 1), ("1-0", 1), ("0-1", 2)], ids=["1-1", "1-0 has idle parameters", "0-1 twice"]
-)
-def test_two_processes_are_one_with_twice_the_accumulation(
-    depth: str, accumulation: int, processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
+WORLDS = {
+    "two": ("1-1", 1, 2, 2, "no"),
+    "two with idle parameters": ("1-0", 1, 2, 2, "no"),
+    "two that hold the base together, accumulating": ("0-1", 2, 2, 2, "yes"),
+    "four on two machines, each machine's two holding the base together": ("1-1", 1, 4, 2, "yes"),
+}
+
+
+@pytest.mark.parametrize(("depth", "accumulation", "count", "per_machine", "shard"), WORLDS.values(), ids=WORLDS)
+def test_several_processes_are_one_with_as_much_more_accumulation(
+    depth: str,
+    accumulation: int,
+    count: int,
+    per_machine: int,
+    shard: str,
+    processes: ForkServerContext,
+    tiny_cache: Path,
+    tmp_path: Path,
 ) -> None:
-    def options(name: str, accumulation: int) -> TrainConfig:
+    def options(name: str, accumulation: int, shard: str = "no") -> TrainConfig:
         # SGD-like: an epsilon far above the gradients, so that rounding is not blown up to the size of a step.
         return train_options(
             tiny_cache, tmp_path, name=name, depth=depth, checkpoint={"every": 4}, validation=looks(),
-            loader={"batch_size": 3, "accumulation": accumulation},
+            memory={"shard": shard}, loader={"batch_size": 6 // count, "accumulation": accumulation},
             optimizer={"kind": "adamw", "epsilon": 1.0, "learning_rate": 0.1},
         )  # fmt: skip
 
-    assert train(options("one", 2 * accumulation)) == 0
-    both = started(processes, options("two", accumulation), tmp_path / "ranks")
-    assert exit_codes(both, tmp_path / "ranks") == [0, 0]
+    assert train(options("one", count * accumulation)) == 0
+    world = World(tmp_path / "ranks", count, per_machine)
+    assert exit_codes(started(processes, options("several", accumulation, shard), world), world) == [0] * count
 
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for alone, together in zip(one, two, strict=True):
+    one, several = metrics(tmp_path / "one"), metrics(tmp_path / "several")
+    assert [line["step"] for line in one] == [line["step"] for line in several]
+    for alone, together in zip(one, several, strict=True):
         assert alone.keys() == together.keys()
         for name in {"loss", "gradient_norm"} & alone.keys():
             assert together[name] == pytest.approx(alone[name], rel=1e-5)
         if "held_out" in alone:
             assert together["held_out"] == pytest.approx(alone["held_out"], rel=1e-4, abs=1e-6)
-    assert len(set(losses(tmp_path / "two"))) == 6
-    expected, actual = controlnet_tensors(tmp_path / "one"), controlnet_tensors(tmp_path / "two")
+    assert len(set(losses(tmp_path / "several"))) == 6
+    expected, actual = controlnet_tensors(tmp_path / "one"), controlnet_tensors(tmp_path / "several")
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
-    ranks = [load_file(tmp_path / "ranks" / f"rank-{r}" / "diffusion_pytorch_model.safetensors") for r in (0, 1)]
-    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
-    assert all(torch.equal(ranks[0][name], actual[name]) for name in ranks[0])
+    ranks = [load_file(world.folder / f"rank-{r}" / "diffusion_pytorch_model.safetensors") for r in range(count)]
+    for weights in ranks:
+        assert all(torch.equal(weights[name], actual[name]) for name in expected)
     assert "controlnet_x_embedder.weight" in expected
 
+    assert_none_comes_twice(world.seen(), tiny_cache, 6 // count)
+    if shard == "yes":
+        held = [json.loads((world.folder / f"held-{rank}").read_text()) for rank in range(count)]
+        whole = held[0][1]
+        assert [part / whole for part, _ in held] == pytest.approx([1 / per_machine] * count, rel=0.01)
 
-def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(
-    processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
+
+def assert_none_comes_twice(seen: list[tuple[int, str]], cache: Path, batch_size: int) -> None:
+    loader = Loader(samples_of(cache), LoaderOptions(batch_size=batch_size), seed=0, device=torch.device("cpu"))
+    epochs: dict[int, list[str]] = {}
+    for position, key in seen:
+        epochs.setdefault(position // loader.batches_per_epoch, []).append(key)
+    assert len(epochs) > 1
+    for keys in epochs.values():
+        assert sorted(keys) == sorted(set(keys))
+    everything = {loader.samples.key(i) for i in range(len(loader.samples))}
+    assert set(epochs[0]) == everything
+
+
+def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round_and_says_what_differs(
+    processes: ForkServerContext, tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def options(name: str, steps: int, accumulation: int) -> TrainConfig:
         loader = {"batch_size": 2, "accumulation": accumulation}
@@ -118,22 +185,28 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(
 
     assert train(options("alone", 6, 2)) == 0
     assert train(options("turns", 2, 2)) == 0
-    both = started(processes, options("turns", 4, 1), tmp_path / "ranks")
-    assert exit_codes(both, tmp_path / "ranks") == [0, 0]
+    world = World(tmp_path / "ranks")
+    assert exit_codes(started(processes, options("turns", 4, 1), world), world) == [0, 0]
+    capsys.readouterr()
     assert train(options("turns", 6, 2)) == 0
+    said = capsys.readouterr().out
+    assert "this run goes on with 1 process(es), it had 2" in said
+    assert "the same samples as before (1 x 2 batch(es) of 2)" in said
+    assert "differ from what they would have been by rounding" in said
     assert losses(tmp_path / "turns") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
 def test_a_signal_to_one_process_stops_and_saves_both(
     processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
 ) -> None:
-    both = started(processes, train_options(tiny_cache, tmp_path, steps=100_000), tmp_path / "ranks")
+    world = World(tmp_path / "ranks")
+    both = started(processes, train_options(tiny_cache, tmp_path, steps=100_000), world)
     written = tmp_path / "run" / "metrics.jsonl"
     while not (written.exists() and written.read_text().count("\n") > 2) and all(p.is_alive() for p in both):
         time.sleep(0.02)
     assert both[1].pid is not None
     os.kill(both[1].pid, signal.SIGTERM)
-    assert exit_codes(both, tmp_path / "ranks") == [0, 0]
+    assert exit_codes(both, world) == [0, 0]
     newest = checkpoints.newest(tmp_path / "run")
     assert newest is not None
     assert metrics(tmp_path / "run")[-1]["step"] == checkpoints.step_of(newest)
@@ -143,8 +216,9 @@ def test_another_experiment_is_refused_by_one_process_in_one_sentence_and_the_ot
     processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
 ) -> None:
     assert train(train_options(tiny_cache, tmp_path, steps=1)) == 0
-    both = started(processes, train_options(tiny_cache, tmp_path, seed=4), tmp_path / "ranks")
-    assert exit_codes(both, tmp_path / "ranks") == [2, 2]
+    world = World(tmp_path / "ranks")
+    both = started(processes, train_options(tiny_cache, tmp_path, seed=4), world)
+    assert exit_codes(both, world) == [2, 2]
     said = [(tmp_path / "ranks" / f"stderr-{rank}").read_text() for rank in (0, 1)]
     assert said[0].count("\n") == 1
     assert "holds another experiment (seed was 0, is 4)" in said[0]
@@ -155,8 +229,9 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both_and_both_name_the_s
     processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
 ) -> None:
     poisoned = samples_of(tiny_cache).key(4)
-    both = started(processes, train_options(tiny_cache, tmp_path, steps=50), tmp_path / "ranks", poisoned)
-    assert exit_codes(both, tmp_path / "ranks") == [2, 2]
+    world = World(tmp_path / "ranks", poisoned=poisoned)
+    both = started(processes, train_options(tiny_cache, tmp_path, steps=50), world)
+    assert exit_codes(both, world) == [2, 2]
     for rank in (0, 1):
         said = (tmp_path / "ranks" / f"stderr-{rank}").read_text()
         assert f"is not finite of sample(s) {poisoned}; the optimizer did not step" in said
