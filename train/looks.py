@@ -264,7 +264,8 @@ class _Keeping:
             }
             self._baseline.keep("adherence", facts, tensors)
         return {
-            kind: [dict(zip(names, row, strict=True)) for row in values.tolist()] for kind, values in tensors.items()
+            kind: [dict(zip(names, row, strict=True)) for row in values.tolist()]
+            for kind, values in sorted(tensors.items())
         }
 
     def _drawn(self, pictures: Sequence[Picture]) -> list[Picture]:

@@ -24,7 +24,9 @@ from shared.pictures import _GAP, _HEAD
 from tests.conftest import preprocess_options, write_data
 from tests.train.conftest import content, flux, metrics, samples_of, train_options, trainer_of
 from train.adapters.controlnet import ControlNetAdapter
+from train.baseline import Baseline
 from train.fit import look
+from train.painting import Painter
 from train.trainer import Trainer, train
 from train.validation import ValidationOptions, fixed_noise, seed_of, standard_error
 
@@ -56,6 +58,11 @@ def made(cache: Path, runs: Path, **changes: Any) -> Trainer:
 def figures_of(trainer: Trainer) -> dict[str, float]:
     assert trainer.validation is not None
     return trainer.validation.held_out(trainer.adapter)
+
+
+def painter(trainer: Trainer, folder: Path) -> Painter:
+    assert trainer.validation is not None
+    return Painter(trainer.validation, Baseline(folder), 4)
 
 
 def learned(trainer: Trainer) -> Trainer:
@@ -107,7 +114,7 @@ def test_a_look_that_runs_out_of_memory_is_taken_again_with_fewer_samples_at_a_t
     expected, validation = figures_of(alone), four.validation
     assert alone.validation is not None
     assert validation is not None
-    pictures = alone.validation.pictures(alone.adapter)
+    pictures = painter(alone, tmp_path / "alone").paint(alone.adapter, 4)
     fits, predict = 3, ControlNetAdapter.predict
 
     def predicted(self: ControlNetAdapter, x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -122,7 +129,8 @@ def test_a_look_that_runs_out_of_memory_is_taken_again_with_fewer_samples_at_a_t
     found = look(validation, lambda: validation.held_out(four.adapter))
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert validation.batch_size == 1
-    assert np.array_equal(look(validation, lambda: validation.pictures(four.adapter)), pictures)
+    painted = look(validation, lambda: painter(four, tmp_path / "four").paint(four.adapter, 4))
+    assert all(np.array_equal(*pair) for pair in zip(painted, pictures, strict=True))
     assert capsys.readouterr().err.count("memory ran out while looking at held-out samples") == 2
     fits = 0
     with pytest.raises(UserError, match=r"while looking at one held-out sample: set a smaller memory\.budget"):
@@ -170,6 +178,8 @@ def test_the_losses_are_the_objective_s_on_the_fixed_grid(half_held_out: Path, t
     assert figures["condition_gap"] == pytest.approx((other - own)[paired].mean().item(), rel=1e-4)
     assert figures["loss_other_drawing"] == pytest.approx(figures["loss"] + figures["condition_gap"] * 8 / 9)
     assert figures["control_gap_error"] == pytest.approx(((without - own).mean(dim=1).std() / 3).item())
+    assert figures["loss_error"] == pytest.approx((own.mean(dim=1).std() / 3).item())
+    assert figures["loss_t0.833_error"] == pytest.approx((own[:, 2].std() / 3).item())
     assert [figures[f"loss_t{t}"] for t in ("0.167", "0.500", "0.833")] == pytest.approx(own.mean(dim=0).tolist())
 
 
@@ -191,24 +201,30 @@ def test_where_no_sample_has_another_of_its_shape_there_is_no_condition_gap(
 
 def test_looking_does_not_change_what_is_trained(half_held_out: Path, tmp_path: Path) -> None:
     never = {"every": 0, "pictures_every": 0}
-    often = {"every": 1, "pictures_every": 2, "samples": 2}
+    often = {"every": 1, "pictures_every": 2, "adherence_every": 3, "samples": 2, "adherence_samples": 2}
     assert train(train_options(half_held_out, tmp_path, name="never", validation=never)) == 0
     assert train(train_options(half_held_out, tmp_path, name="often", validation=often)) == 0
     trained = [content(tmp_path / name / "controlnet") for name in ("never", "often")]
     assert trained[0] == trained[1]
     steps = [line["step"] for line in metrics(tmp_path / "often") if "held_out" in line]
     assert steps == [0, 1, 2, 3, 4, 5, 6]
-    assert not any("held_out" in line for line in metrics(tmp_path / "never"))
+    assert [line["step"] for line in metrics(tmp_path / "often") if "adherence" in line] == [0, 3, 6]
+    assert not any("held_out" in line or "adherence" in line for line in metrics(tmp_path / "never"))
 
 
 def test_the_picture_shows_every_sample_as_drawing_with_without_and_original(
     half_held_out: Path, tmp_path: Path
 ) -> None:
-    trainer = made(half_held_out, tmp_path, validation={"pictures": 3, "picture_steps": 2})
+    trainer = made(half_held_out, tmp_path, validation={"every": 0, "pictures_every": 1, "pictures": 3})
     validation = trainer.validation
     assert validation is not None
     samples = validation.samples
-    picture = validation.pictures(trainer.adapter)
+
+    def painted(step: int) -> np.ndarray:
+        trainer.look(step)
+        return opened(tmp_path / "run" / "pictures" / f"step-{step:08d}.png")
+
+    picture = painted(1)
     rows = [samples.cache.samples[samples.key(index)] for index in validation.indices[:3]]
     height, width = max(s.bucket_height or 0 for s in rows), max(s.bucket_width or 0 for s in rows)
     assert picture.shape == (_HEAD + 3 * (height + _GAP) - _GAP, 4 * (width + _GAP) - _GAP, 3)
@@ -220,14 +236,30 @@ def test_the_picture_shows_every_sample_as_drawing_with_without_and_original(
     drawings = samples.cache.layer("canny")
     for row, sample in enumerate(rows):
         (tmp_path / "drawing.png").write_bytes(drawings.read(sample.key, "0.png"))
-        assert np.array_equal(cell(row, 0), np.asarray(Image.open(tmp_path / "drawing.png").convert("RGB")))
+        assert np.array_equal(cell(row, 0), opened(tmp_path / "drawing.png"))
         assert np.array_equal(cell(row, 1), cell(row, 2))  # a new ControlNet changes nothing
         assert not np.array_equal(cell(row, 2), cell(row, 3))
-    controlled = validation.pictures(learned(trainer).adapter)
+    learned(trainer)
+    controlled = painted(2)
     assert not np.array_equal(controlled, picture)
     untouched = np.s_[:, 2 * (width + _GAP) :]
     assert np.array_equal(controlled[untouched], picture[untouched])  # without control: the same again
-    assert np.array_equal(validation.pictures(trainer.adapter), controlled)
+    assert np.array_equal(painted(3), controlled)
+
+    # And each alone, for the page that compares runs.
+    folder, picture = tmp_path / "run" / "pictures", controlled
+    texts = {caption.text for caption in samples.cache.captions.values()}
+    told = json.loads((folder / "held-out.json").read_text())
+    assert [each["key"] for each in told] == [sample.key for sample in rows]
+    assert all(each["caption"] in texts for each in told)
+    for row in range(3):
+        names = ("step-00000003/{}.png", "held-out/{}-without.png", "held-out/{}-original.png")
+        for column, name in enumerate(("held-out/{}-drawing.png", *names)):
+            assert np.array_equal(opened(folder / name.format(f"{row:02d}")), cell(row, column))
+
+
+def opened(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 PIPELINE = """
@@ -341,8 +373,9 @@ def test_the_standard_error_is_over_samples() -> None:
 
 
 def test_impossible_options_are_refused() -> None:
-    for name in ("samples", "timesteps", "pictures", "picture_steps", "batch_size"):
+    for name in ("samples", "timesteps", "pictures", "picture_steps", "adherence_samples", "batch_size"):
         with pytest.raises(UserError, match=rf"validation\.{name} must be 1 or more"):
             ValidationOptions(**{name: 0}).check()
-    with pytest.raises(UserError, match=r"must be 0 \(off\) or more"):
-        ValidationOptions(every=-1).check()
+    for name in ("every", "pictures_every", "adherence_every"):
+        with pytest.raises(UserError, match=r"must be 0 \(off\) or more"):
+            ValidationOptions(**{name: -1}).check()
