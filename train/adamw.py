@@ -68,8 +68,9 @@ class EightBit:
         learning_rate: float,
         scale: torch.Tensor,
         seed: int,
-    ) -> None:
-        """Step and round a piece: `stepped` is its master copy, or the weight."""
+    ) -> torch.Tensor:
+        """Step and round a piece: `stepped` is its master copy, or the weight. Back comes the squared norm of the
+        change before it was rounded, 0-dim float32."""
         one_pass = self.one_pass
         assert one_pass is not None
         if weight.dtype == torch.float32:
@@ -78,12 +79,13 @@ class EightBit:
             mode = one_pass.MASTER
         else:
             mode = one_pass.STOCHASTIC if options.rounding == "stochastic" else one_pass.NEAREST
-        one_pass.adamw(
+        square: torch.Tensor = one_pass.adamw(
             stepped=stepped, weight=weight, gradient=gradient, after=after, state=state,
             codes=(self.codes["qmap1"], self.codes["qmap2"]), middles=self._middles, scale=scale, mode=mode, seed=seed,
             num_steps=piece.num_steps, learning_rate=learning_rate, beta1=options.beta1, beta2=options.beta2,
             epsilon=options.epsilon, weight_decay=options.weight_decay,
         )  # fmt: skip
+        return square
 
     def update(
         self,

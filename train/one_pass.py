@@ -67,16 +67,17 @@ def _noise(place: tl.tensor, key: tl.tensor, second_key: tl.tensor) -> tl.tensor
 def adamw_kernel(
     stepped: tl.tensor, weight: tl.tensor, gradient: tl.tensor, after: tl.tensor, state1: tl.tensor, state2: tl.tensor,
     absmax1: tl.tensor, absmax2: tl.tensor, codes1: tl.tensor, codes2: tl.tensor, middles1: tl.tensor,
-    middles2: tl.tensor, scale: tl.tensor, numel: tl.tensor, step_size: tl.tensor, root_correction: tl.tensor,
-    kept: tl.tensor, epsilon: tl.tensor, beta1: tl.tensor, rest1: tl.tensor, beta2: tl.tensor, rest2: tl.tensor,
-    key: tl.tensor, second_key: tl.tensor, MODE: tl.constexpr, MEASURED: tl.constexpr, BLOCKS: tl.constexpr,
+    middles2: tl.tensor, squares: tl.tensor, scale: tl.tensor, numel: tl.tensor, step_size: tl.tensor,
+    root_correction: tl.tensor, kept: tl.tensor, epsilon: tl.tensor, beta1: tl.tensor, rest1: tl.tensor,
+    beta2: tl.tensor, rest2: tl.tensor, key: tl.tensor, second_key: tl.tensor, MODE: tl.constexpr,
+    MEASURED: tl.constexpr, BLOCKS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One step of the values of BLOCKS blocks."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     place = block[:, None] * BLOCK_NUMEL + tl.arange(0, BLOCK_NUMEL)[None, :]
     inside = place < numel
     blocks_inside = block * BLOCK_NUMEL < numel
-    value = tl.load(stepped + place, mask=inside, other=0.0).to(tl.float32)
+    before = tl.load(stepped + place, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
     code1 = tl.load(state1 + place, mask=inside, other=0).to(tl.int32)
     code2 = tl.load(state2 + place, mask=inside, other=0).to(tl.int32)
@@ -84,7 +85,9 @@ def adamw_kernel(
     v = tl.load(codes2 + code2) * tl.load(absmax2 + block, mask=blocks_inside, other=0.0)[:, None]
     m = tl.where(inside, m * beta1 + g * rest1, 0.0)
     v = tl.where(inside, v * beta2 + g * g * rest2, 0.0)
-    value = value * kept - step_size * m / (tl.sqrt(v) / root_correction + epsilon)
+    value = before * kept - step_size * m / (tl.sqrt(v) / root_correction + epsilon)
+    change = value - before  # 0 outside
+    tl.store(squares + tl.program_id(0), tl.sum(tl.sum(change * change, axis=1), axis=0))
 
     largest1, largest2 = tl.max(tl.abs(m), axis=1), tl.max(v, axis=1)
     code1 = _code(m / tl.where(largest1 > 0, largest1, 1.0)[:, None], middles1, True)
@@ -126,19 +129,23 @@ def adamw(
     beta2: float,
     epsilon: float,
     weight_decay: float,
-) -> None:
+) -> torch.Tensor:
     """Step `stepped` (the weight itself, or its float32 master copy) by `scale` (0-dim) times its gradient; all flat
     and contiguous. `state`: `state1`, `state2`, `absmax1`, `absmax2`, changed in place. `codes`: what the bytes of mean
     and mean of squares stand for (256,); `middles`: between those (255,). `after` (float32): gets the values before
-    rounding. `num_steps` counts this step; `seed` (64 bits) draws the rounding."""
+    rounding. `num_steps` counts this step; `seed` (64 bits) draws the rounding. Back comes the squared norm of the
+    change before it was rounded, 0-dim float32."""
     key, second_key = (((seed >> shift) & 0xFFFFFFFF) - (1 << 31) for shift in (0, 32))
-    adamw_kernel[(triton.cdiv(stepped.numel(), BLOCKS * 256),)](
+    num_programs = triton.cdiv(stepped.numel(), BLOCKS * 256)
+    squares = torch.empty(num_programs, device=stepped.device)
+    adamw_kernel[(num_programs,)](
         stepped, weight, gradient, stepped if after is None else after,
-        state["state1"], state["state2"], state["absmax1"], state["absmax2"], *codes, *middles,
+        state["state1"], state["state2"], state["absmax1"], state["absmax2"], *codes, *middles, squares,
         scale, stepped.numel(), learning_rate / (1 - beta1**num_steps), (1 - beta2**num_steps) ** 0.5,
         1 - learning_rate * weight_decay, epsilon, beta1, 1 - beta1, beta2, 1 - beta2, key, second_key,
         MODE=mode, MEASURED=after is not None, BLOCKS=BLOCKS, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
+    return squares.sum()
 
 
 def middles_of(codes: torch.Tensor) -> torch.Tensor:
@@ -175,7 +182,9 @@ def agrees(kernel: Callable[..., None], codes: tuple[torch.Tensor, torch.Tensor]
             scale=torch.ones((), device=device), num_steps=num_steps, learning_rate=1e-2, beta1=0.9, beta2=0.99,
             epsilon=1e-8, weight_decay=decay,
         )  # fmt: skip
-        step(stepped=ours, weight=ours, after=None, state=mine, mode=FLOAT32, seed=0)
+        before = ours.clone()
+        square = step(stepped=ours, weight=ours, after=None, state=mine, mode=FLOAT32, seed=0)
+        good &= torch.isclose(square, (ours - before).double().square().sum().float(), rtol=1e-4, atol=0)
         step(stepped=rounded, weight=rounded, after=meant, state=again, mode=STOCHASTIC, seed=num_steps << 32 | 7)
         good &= torch.isclose(ours, theirs, rtol=1e-5, atol=1e-6 if decay == 0 else 1e-4).all()
         for i in (1, 2):

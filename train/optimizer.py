@@ -40,6 +40,17 @@ class Survival:
     """The share of all weights whose value changed."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """What one step did."""
+
+    norm: torch.Tensor
+    """Of the change of all weights together, as it was meant, before any rounding; 0-dim float32 on the device. (The
+    change that was made would be longer by rounding's noise, several times so at usual learning rates.)"""
+    survival: Survival | None
+    """Where it was measured."""
+
+
 @dataclass
 class _Measured:
     """Sums over what was stepped so far, 0-dim on the device."""
@@ -62,6 +73,8 @@ class _Pass:
     norms: dict[str, torch.Tensor] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     """Buckets, as they were stepped."""
+    squares: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Of each bucket's pieces, the squared norm of the change that was meant, 0-dim."""
 
 
 class Optimizer:
@@ -157,9 +170,10 @@ class Optimizer:
         return torch.linalg.vector_norm(torch.stack(list(now.norms.values())))
 
     @torch.no_grad()
-    def finish(self, norm: float) -> Survival | None:
+    def finish(self, norm: float) -> Update:
         """Step, clipped, what has a gradient still. `norm` is the value of `norm()`, which the caller has read to see
-        whether it is finite: so clipping costs no pass of its own. Gradients may be left scaled."""
+        whether it is finite: so clipping costs no pass of its own. Gradients may be left scaled. Nothing waits for the
+        device here."""
         now, options = self._begun, self.options
         assert now is not None, "begin first"
         if options.clip == "global" and options.clip_norm > 0:
@@ -169,7 +183,10 @@ class Optimizer:
         self._step_all(now)
         self._states.end()
         self._begun = None
-        return self._survival(now)
+        squares = [
+            square for _, bucket in sorted(now.squares.items()) for square in bucket
+        ]  # whatever order they came in
+        return Update(torch.stack(squares).double().sum().sqrt().float(), self._survival(now))
 
     def _release(self, name: str, buckets: list[Bucket], weight: torch.Tensor) -> None:
         """Called by backward when the gradient of a large weight is whole."""
@@ -241,6 +258,7 @@ class Optimizer:
                 state["master"].copy_(piece.cut(piece.weight.detach()))
             piece.num_steps += 1
         before = [piece.cut(piece.weight.detach()).clone() for piece in pieces] if now.measured else []
+        now.squares[bucket.index] = []
         meant = (self._at_once if self._goes_over_memory_once(bucket, now) else self._in_passes)(
             bucket, pieces, states, now
         )
@@ -255,14 +273,18 @@ class Optimizer:
     def _in_passes(
         self, bucket: Bucket, pieces: list[Piece], states: list[dict[str, torch.Tensor]], now: _Pass
     ) -> list[torch.Tensor]:
-        """Step a float32 copy of the pieces and round it into the weights. What is measured: the change that was meant
-        by each, flat float32."""
+        """Step a float32 copy of the pieces and round it into the weights. Where it is measured, the change that was
+        meant by each comes back, flat float32."""
         values = [
             state["master"] if "master" in state else _float32(piece, piece.weight.detach())
             for piece, state in zip(pieces, states, strict=True)
         ]
         gradients = [_float32(piece, _gradient(piece.weight)) for piece in pieces]
-        stood = [value.clone() for value in values] if now.measured else []
+        # What is rounded at the end still stands in the weight until then; what is stepped in place does not.
+        stood = [
+            None if piece.weight.dtype == torch.bfloat16 and "master" not in state else value.clone()
+            for piece, value, state in zip(pieces, values, states, strict=True)
+        ]
         if now.clip_each:
             for piece, gradient in zip(pieces, gradients, strict=True):
                 gradient.mul_(self._own_scale(piece, now))
@@ -272,8 +294,13 @@ class Optimizer:
         else:
             adamw.update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
         del gradients
-        meant = [value - old for value, old in zip(values, stood, strict=False)]
-        del stood
+        meant: list[torch.Tensor] = []
+        for piece, value, old in zip(pieces, values, stood, strict=True):
+            change = value - piece.cut(piece.weight.detach()) if old is None else old.neg_().add_(value)
+            now.squares[bucket.index].append(change.dot(change))
+            if now.measured is not None:
+                meant.append(change)
+        del stood, change, old
         generator = self._generator(now.rounding, bucket)
         for piece, value in zip(pieces, values, strict=True):
             self._bring_back(piece, value, generator)
@@ -288,6 +315,7 @@ class Optimizer:
         seeds = np.random.SeedSequence((rounding, bucket.index)).generate_state(len(pieces), np.uint64)
         together = torch.full((), now.scale, device=self._device)
         meant: list[torch.Tensor] = []
+        squares = now.squares[bucket.index]
         for piece, state, seed in zip(pieces, states, seeds, strict=True):
             weight = piece.cut(piece.weight.detach())
             stepped = state.get("master", weight)
@@ -295,9 +323,10 @@ class Optimizer:
             after = torch.empty_like(stood) if stood is not None else None
             scale = self._own_scale(piece, now) if now.clip_each else together
             gradient = piece.cut(_gradient(piece.weight))
-            self._eight_bit.update_at_once(
+            square = self._eight_bit.update_at_once(
                 self.options, piece, stepped, weight, gradient, after, state, now.learning_rate, scale, int(seed)
             )
+            squares.append(square)
             if after is not None and stood is not None:
                 meant.append(after.sub_(stood))
         return meant
@@ -390,4 +419,4 @@ def _norm(parameter: torch.nn.Parameter) -> torch.Tensor:
     return torch.linalg.vector_norm(_gradient(parameter), dtype=torch.float32)
 
 
-__all__ = ["Kind", "Optimizer", "OptimizerOptions", "Survival", "learning_rate", "stochastic_round_"]
+__all__ = ["Kind", "Optimizer", "OptimizerOptions", "Survival", "Update", "learning_rate", "stochastic_round_"]

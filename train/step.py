@@ -112,14 +112,15 @@ class Step:
         norm = optimizer.norm()
         if self.accelerator is not None:
             total = self.accelerator.reduce(total, reduction="sum")
-        loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()  # the step's one wait for the device
+        loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()  # waits for the device
         self._refuse_non_finite(batches, losses, step, loss_value, norm_value)
-        survival = optimizer.finish(norm_value)
-        figures = {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
-        if survival is not None:
-            kept, updated = torch.stack([survival.update_kept, survival.share_updated]).tolist()
-            figures |= {"update_kept": kept, "share_updated": updated}
-        return figures
+        update = optimizer.finish(norm_value)
+        late = {"update_norm": update.norm}
+        if (survival := update.survival) is not None:
+            late |= {"update_kept": survival.update_kept, "share_updated": survival.share_updated}
+        # The second wait, for stepping alone: its kernels take little longer than launching them did.
+        late_values = dict(zip(late, torch.stack(list(late.values())).tolist(), strict=True))
+        return {"loss": loss_value, "gradient_norm": norm_value, **late_values, "learning_rate": rate}
 
     def _generator(self, device: torch.device | str, number: int, what: int) -> torch.Generator:
         drawn_on = "cpu" if torch.device(device).type == "meta" else device  # where memory is counted nothing is drawn

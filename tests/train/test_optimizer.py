@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shared.errors import UserError
 from train import adamw
 from train.offload import HostStates
-from train.optimizer import Optimizer, OptimizerOptions, Survival, learning_rate, stochastic_round_
+from train.optimizer import Optimizer, OptimizerOptions, Update, learning_rate, stochastic_round_
 
 KINDS = ["adamw", "adamw8bit"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -486,13 +486,13 @@ def trained(
     return net, made
 
 
-def train_on(net: Net, made: Optimizer, steps: range) -> list[Survival | None]:
-    survivals = []
+def train_on(net: Net, made: Optimizer, steps: range) -> list[Update]:
+    updates = []
     for step in steps:
         made.begin(1e-3 / (1 + step), 1000 + step, measure=True)
         net.loss(step).backward()
-        survivals.append(made.finish(made.norm().item()))
-    return survivals
+        updates.append(made.finish(made.norm().item()))
+    return updates
 
 
 def assert_same(one: tuple[Net, Optimizer], other: tuple[Net, Optimizer]) -> None:
@@ -643,8 +643,9 @@ def test_a_step_on_the_meta_device_takes_no_memory_and_runs_the_same_way(
     net(torch.zeros(2, 1 << 16, dtype=dtype, device="meta")).sum().backward()
     assert made.norm().is_meta
     found = made.finish(1.0)
-    assert found is not None
-    assert found.update_kept.is_meta
+    assert found.norm.is_meta
+    assert found.survival is not None
+    assert found.survival.update_kept.is_meta
     per_weight = {"adamw": 8.0, "adamw8bit": 2 + 1 / 32}[kind] + 4 * master
     assert made.state_bytes == pytest.approx(per_weight * (1 << 30), rel=1e-3)
 
@@ -728,13 +729,16 @@ class Held(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("measure", "bytes_per_weight"), [(False, 8), (True, 14)])
+@pytest.mark.parametrize(
+    ("dtype", "measure", "bytes_per_weight"),
+    [(torch.bfloat16, False, 8), (torch.bfloat16, True, 14), (torch.float32, False, 4), (torch.float32, True, 12)],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_holds_8_bytes_for_each_weight_of_a_chunk_and_14_where_it_measures(
-    kind: str, measure: bool, bytes_per_weight: int
+def test_a_step_holds_8_bytes_for_each_weight_of_a_chunk_and_14_where_it_measures_and_of_float32_4_and_12(
+    kind: str, dtype: torch.dtype, measure: bool, bytes_per_weight: int
 ) -> None:
     chunk = 1 << 20
-    weight = torch.nn.Parameter(torch.empty(8 * chunk, dtype=torch.bfloat16, device="meta"))
+    weight = torch.nn.Parameter(torch.empty(8 * chunk, dtype=dtype, device="meta"))
     made = Optimizer(options(kind=kind), {"weight": weight}, chunk_numel=chunk)
     made.reserve()
     made.begin(1e-3, 1, measure=measure)
@@ -757,7 +761,7 @@ def survival(steps: int = 20, dtype: torch.dtype = torch.bfloat16, **changes: An
     for step in range(steps):
         made.begin(2e-5, step, measure=True)
         weight.grad = torch.randn(256, 256, generator=generator(step)).to(dtype)
-        found = made.finish(made.norm().item())
+        found = made.finish(made.norm().item()).survival
         assert found is not None
         assert found.update_kept.shape == found.share_updated.shape == ()
         measured.append([found.update_kept.item(), found.share_updated.item()])
@@ -786,10 +790,12 @@ def test_the_kept_share_is_the_projection_of_the_made_change_on_the_meant_one() 
         gradient = half[name].grad
         weight.grad = None if gradient is None else gradient.float()
     old = {name: weight.detach().float().clone() for name, weight in half.items()}
-    found = made.finish(0.0)
+    update = made.finish(0.0)
+    found = update.survival
     reference.step(1e-4, None)
     meant = torch.cat([(full[name].detach() - old[name]).view(-1) for name in half]).double()
     change = torch.cat([(half[name].detach().float() - old[name]).view(-1) for name in half]).double()
+    assert update.norm.item() == pytest.approx(meant.norm().item(), rel=1e-5)
     assert found is not None
     assert found.update_kept.item() == pytest.approx((change @ meant / (meant @ meant)).item(), rel=1e-5)
     assert found.share_updated.item() == pytest.approx((change != 0).double().mean().item(), rel=1e-6)
@@ -802,11 +808,53 @@ def test_measuring_changes_nothing_and_nothing_is_measured_unasked() -> None:
         made = Optimizer(options(), dict(net.named_parameters()), chunk_numel=CHUNK)
         made.begin(1e-3, 3, measure=measure)
         net.loss(0).backward()
-        assert (made.finish(made.norm().item()) is not None) == measure
+        assert (made.finish(made.norm().item()).survival is not None) == measure
         weights.append(torch.cat([weight.detach().view(-1) for weight in net.parameters()]))
     assert torch.equal(*weights)
     assert [step for step in range(1, 301) if options().measures(step)] == [100, 200, 300]
     assert not any(options(survival_every=0).measures(step) for step in range(300))
+
+
+@pytest.mark.parametrize(("kind", "dtype", "master"), VARIANTS)
+def test_the_norm_of_an_update_is_that_of_the_change_before_rounding(
+    kind: str, dtype: torch.dtype, master: bool
+) -> None:
+    """Held against the same weights in float32; and not of what rounding made of it, which is far longer."""
+    rate, norms, changes = 2e-5, [], []
+    for half in (True, False):
+        net = Net(torch.bfloat16).to(torch.float32 if not half else dtype)
+        made = Optimizer(
+            options(kind=kind, master=master and half, clip_norm=0.0), dict(net.named_parameters()), chunk_numel=CHUNK
+        )
+        gradients = generator(3)
+        made.begin(rate, 1)
+        for weight in net.parameters():
+            weight.grad = torch.randn(weight.shape, generator=gradients).to(torch.bfloat16).to(weight.dtype)
+        before = [weight.detach().double() for weight in net.parameters()]
+        norms.append(made.finish(1.0).norm.item())
+        pairs = zip(net.parameters(), before, strict=True)
+        changes.append(math.sqrt(sum((weight.detach().double() - old).square().sum().item() for weight, old in pairs)))
+    assert norms[1] == pytest.approx(changes[1], rel=1e-3)  # float32 rounds as well
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    if dtype == torch.bfloat16 and not master:
+        assert changes[0] > 1.5 * norms[0]
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize(("kind", "dtype", "master"), VARIANTS)
+def test_the_norm_of_an_update_is_the_same_to_the_bit_in_whatever_order_weights_are_stepped(
+    kind: str, dtype: torch.dtype, master: bool, measure: bool
+) -> None:
+    norms = []
+    for more in ({}, {"release": True, "states": "cpu"}):
+        net = Net(dtype)
+        made = Optimizer(
+            options(kind=kind, master=master, clip_norm=0.0, **more), dict(net.named_parameters()), chunk_numel=CHUNK
+        )
+        made.begin(1e-3, 3, measure=measure)
+        net.loss(0).backward()
+        norms.append(made.finish(made.norm().item()).norm)
+    assert torch.equal(*norms)
 
 
 # --- schedule -------------------------------------------------------------------------------------------------------
