@@ -1,8 +1,7 @@
 """How well a generated picture follows its outline and its caption: measured, not looked at.
 
 A picture of a flat shape on a flat background is cut in two by colour (`segment`); the cut is compared with the true
-mask (`iou`, `edge_f1`) and its two colours with the caption's. `measure` does all of it for a list of pictures,
-`measure_each` for each of them.
+mask (`iou`, `edge_f1`) and its two colours with the caption's. `measure` does all of it for a list of pictures.
 
 Letters: B = number of pictures, H, W = height and width in pixels.
 """
@@ -114,7 +113,7 @@ def classify(mask: np.ndarray, shapes: Sequence[str] = tuple(OUTLINES)) -> str |
 
 @dataclass(frozen=True)
 class Adherence:
-    """Of one picture, or means over pictures; each in [0, 1]."""
+    """Means over pictures, each in [0, 1]."""
 
     iou: float
     """Intersection over union of the shape painted with the shape asked for."""
@@ -134,26 +133,21 @@ class Adherence:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
-def measure_each(images: Sequence[np.ndarray] | np.ndarray, drawings: Sequence[Drawing]) -> list[Adherence]:
+def measure(images: Sequence[np.ndarray] | np.ndarray, drawings: Sequence[Drawing]) -> Adherence:
     """Compare pictures (B of (H, W, 3) uint8) with the drawings that they should show, one by one."""
     assert len(images) == len(drawings), f"{len(images)} pictures, {len(drawings)} drawings"
-    return [_measure_one(image, drawing) for image, drawing in zip(images, drawings, strict=True)]
-
-
-def _measure_one(image: np.ndarray, drawing: Drawing) -> Adherence:
-    cut = segment(image)
-    named = color_name(cut.foreground) if cut.foreground is not None else None
-    return Adherence(
-        iou=iou(cut.mask, drawing.mask),
-        edge_f1=edge_f1(image, drawing.mask),
-        foreground=float(named == drawing.foreground),
-        background=float(color_name(cut.background) == drawing.background),
-        shape=float(classify(cut.mask) == drawing.shape),
-        found=float(cut.foreground is not None),
-    )
-
-
-def measure(images: Sequence[np.ndarray] | np.ndarray, drawings: Sequence[Drawing]) -> Adherence:
-    """The means of `measure_each`."""
-    each = [asdict(adherence) for adherence in measure_each(images, drawings)]
-    return Adherence(**{name: float(np.mean([row[name] for row in each])) for name in each[0]})
+    rows = []
+    for image, drawing in zip(images, drawings, strict=True):
+        cut = segment(image)
+        named = color_name(cut.foreground) if cut.foreground is not None else None
+        rows.append(
+            (
+                iou(cut.mask, drawing.mask),
+                edge_f1(image, drawing.mask),
+                named == drawing.foreground,
+                color_name(cut.background) == drawing.background,
+                classify(cut.mask) == drawing.shape,
+                cut.foreground is not None,
+            )
+        )
+    return Adherence(*(float(np.mean(column)) for column in zip(*rows, strict=True)))

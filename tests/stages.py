@@ -6,7 +6,7 @@ from shared import config
 
 
 def run_stage(name: str, recipe: str, *arguments: object) -> None:
-    """What `examples.tiny_world.stage` does, on the CPU and without a tracker."""
+    """What `examples.tiny_world.stage` does, on the CPU, without a tracker, and nothing painted while training."""
     words = ["--recipe", recipe, *(str(argument) for argument in arguments), "--device", "cpu"]
     if name == "preprocess":
         from preprocess.config import PreprocessConfig
@@ -19,6 +19,7 @@ def run_stage(name: str, recipe: str, *arguments: object) -> None:
         from train.config import TrainConfig
         from train.trainer import train
 
-        train_options = config.load(TrainConfig, [*words, "--tracker", "none"], command=name)
+        words += ["--tracker", "none", "--validation.pictures-every", "0", "--validation.adherence-every", "0"]
+        train_options = config.load(TrainConfig, words, command=name)
         assert train_options is not None
         assert train(train_options) == 0
