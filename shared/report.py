@@ -7,7 +7,8 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +34,33 @@ def progress(
     )
 
 
+_speaker = ""
+
+
+@contextmanager
+def speaking_as(name: str) -> Iterator[None]:
+    """Within, whatever is said and warned of is said in this name: of several runs in one process."""
+    global _speaker
+    before, _speaker = _speaker, f"{name}: "
+    try:
+        yield
+    finally:
+        _speaker = before
+
+
 def say(text: str) -> None:
     """Print a line without tearing a progress bar."""
-    tqdm.write(text, file=sys.stdout)
+    tqdm.write(_spoken(text), file=sys.stdout)
     sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """Print a warning line to stderr without tearing a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    tqdm.write(_spoken(f"warning: {text}"), file=sys.stderr)
+
+
+def _spoken(text: str) -> str:
+    return "\n".join(f"{_speaker}{line}" for line in text.split("\n"))
 
 
 def versions() -> dict[str, str]:

@@ -64,6 +64,9 @@ class Fit:
     recompute: Recompute
     fixed: bool
     """The user said how much is recomputed: it is not corrected."""
+    beside_bytes: int = 0
+    """On the device, what others hold that train on the same base. It is no part of the budget, nor of what is counted
+    and measured."""
 
     def words(self) -> str | None:
         """What was decided, in a sentence; None where nothing was."""
@@ -76,6 +79,7 @@ class Fit:
             + (", modulation kept off the device" if self.hoist else "")
             + (", the base's blocks streamed from the host" if self.stream else "")
             + (f", the base's blocks spread over {self.setting.cards} cards" if self.shard else "")
+            + (f"; {self.beside_bytes / GIB:.1f} GiB are held by others beside it" if self.beside_bytes else "")
         )
 
 
@@ -88,6 +92,7 @@ def decide(
     free_bytes: int | None,
     num_processes: int = 1,
     cards: int = 1,
+    beside_bytes: int = 0,
     saved: Mapping[str, Any] | None = None,
 ) -> Fit:
     """What to do for a run: of all ways to make up a global batch the one of the fewest operations, of equal ones the
@@ -96,6 +101,7 @@ def decide(
     `setting` is the largest step but for its batch and what is decided here: depth, largest size, model, optimizer.
     `cards`: of the processes' cards, how many are in each machine.
     `free_bytes` is what an automatic budget may take, None for no limit: see `free_bytes`, the least of all processes'.
+    `beside_bytes`: what others on the same base hold of the budget.
     `saved` is the loader's state of the checkpoint to go on from, whose batches stay. Some seconds where there is a
     budget. Raises `UserError`, which names the cheapest change, where nothing fits.
     """
@@ -103,6 +109,8 @@ def decide(
     if budget is not None and free_bytes is not None and budget > free_bytes:
         warn(f"the device has {free_bytes / GIB:.1f} GiB free, less than MEMORY {memory.budget}: that is the budget")
         budget = free_bytes
+    if budget is not None:
+        budget -= beside_bytes
     hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda")
     shard = _may_shard(memory, setting, cards)
     setting = replace(setting, hoist=hoist, stream=memory.stream == "yes", shard=memory.shard == "yes")
@@ -142,7 +150,7 @@ def decide(
         if fit is None and best is not None:
             break  # nor do larger batches fit; the smallest may not, since gradients stay while it accumulates
     if best is not None:
-        return best[1]
+        return replace(best[1], beside_bytes=beside_bytes)
     assert budget is not None
     first = replace(setting, batch_size=ways[0].batch_size, accumulation=ways[0].accumulation)
     fewest_recomputed(first, budget)
@@ -313,6 +321,10 @@ class Guard:
             self._ran_out = self._cost(self.recompute)
             self._change(more, "memory ran out before any weight was stepped; the step is taken again")
 
+    def resume(self) -> None:
+        """Recompute again what this run does: on a base that is shared, others had their turn."""
+        self._apply(self.recompute)
+
     def figures(self) -> dict[str, Any]:
         """What was decided and measured, for the run's records. GiB."""
         found: dict[str, Any] = {
@@ -341,6 +353,7 @@ class Guard:
         full = setting.batch_size * setting.height * setting.width
         if all(len(batch) * batch.height * batch.width < full for batch in batches):
             return
+        measured = replace(measured, allocated_bytes=measured.allocated_bytes - self.fit.beside_bytes)
         self._full_steps += 1
         if self._full_steps == 1:
             return  # compiling and choosing kernels take memory of their own

@@ -23,8 +23,8 @@ from train.streaming import PLACES
 GIB = 2**30
 
 COMPONENTS = (
-    "base weights", "ControlNet weights", "optimizer states", "gradients", "activations of the base",
-    "activations of the ControlNet", "batch and loss", "temporaries",
+    "base weights", "ControlNet weights", "average of the weights", "optimizer states", "gradients",
+    "activations of the base", "activations of the ControlNet", "batch and loss", "temporaries",
 )  # fmt: skip
 _COMPONENT: dict[Holder, str] = {
     "gradients": "gradients",
@@ -137,6 +137,13 @@ def least_bytes(setting: Setting) -> int:
     return _peak(setting, traced, traced.of(traced.num_base_blocks, traced.num_controlnet_blocks)).num_bytes
 
 
+def resting_bytes(setting: Setting) -> int:
+    """What a run holds between its steps, beside the base: the ControlNet's weights and the optimizer's states."""
+    traced = trace(setting)
+    states, _ = _optimizer_bytes(setting, traced)
+    return traced.weights.controlnet + _average_bytes(setting, traced) + states
+
+
 def cheapest_change(setting: Setting, budget_bytes: int) -> str | None:
     """The first of what can be given up, from what costs least to what costs most, that makes a step fit. None where
     nothing does."""
@@ -173,12 +180,17 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
                 replace(kept, batch_size=batch_size, accumulation=accumulation),
             )
     words = ""
+    if setting.averaged:
+        words = "--ema.device cpu"
+        kept = replace(kept, averaged=False)
+        yield words, kept
     if setting.optimizer.states != "cpu":
-        words = "--optimizer.states cpu"
+        words = f"{words} --optimizer.states cpu".strip()
         kept = replace(kept, optimizer=on_host)
         yield words, kept
     if not setting.stream:
-        yield "--memory.stream yes", replace(kept, stream=True, optimizer=setting.optimizer)
+        alone = replace(kept, stream=True, optimizer=setting.optimizer, averaged=setting.averaged)
+        yield "--memory.stream yes", alone
         kept = replace(kept, stream=True)
         yield f"{words} --memory.stream yes".strip(), kept
     if setting.accumulation == 1 and not setting.optimizer.release:
@@ -284,6 +296,7 @@ def _components(setting: Setting, traced: Trace, peak: _Peak) -> dict[str, int]:
     parts = dict.fromkeys(COMPONENTS, 0)
     parts["base weights"] = _base_bytes(setting, traced)
     parts["ControlNet weights"] = traced.weights.controlnet
+    parts["average of the weights"] = _average_bytes(setting, traced)
     parts["optimizer states"] = peak.states_bytes
     for holder, num_bytes in peak.held.items():
         if holder != "weights":
@@ -293,7 +306,15 @@ def _components(setting: Setting, traced: Trace, peak: _Peak) -> dict[str, int]:
 
 
 def _weight_bytes(setting: Setting, traced: Trace) -> int:
-    return _base_bytes(setting, traced) + traced.weights.controlnet
+    return _base_bytes(setting, traced) + traced.weights.controlnet + _average_bytes(setting, traced)
+
+
+def _average_bytes(setting: Setting, traced: Trace) -> int:
+    """In float32, whatever the weights are."""
+    if not setting.averaged:
+        return 0
+    sizes = [torch.Size(shape).numel() * torch.float32.itemsize for _, shape in traced.weights.trained]
+    return sum(-(-size // ROUNDING) * ROUNDING for size in sizes)
 
 
 def _base_bytes(setting: Setting, traced: Trace) -> int:

@@ -20,7 +20,7 @@ from train import checkpoints, compile, eight_bit, sharding, streaming
 from train.adapters.controlnet import ControlNetAdapter, parse_depth
 from train.base_store import open_base
 from train.config import TrainConfig
-from train.modulation import LinearsOnDisk, Modulation
+from train.modulation import HoistedLinear, LinearsOnDisk, Modulation, places_of
 
 COMPILED = "compiled"
 """In the folder of quantized bases: what was compiled, for the next start."""
@@ -35,7 +35,8 @@ class Base:
     """Where its blocks are, if they are streamed."""
     shards: sharding.Shards | None
     """Where they are, if they are spread over cards."""
-    hoisted: bool
+    places: dict[str, HoistedLinear] | None
+    """Of its modulation, where that is kept off the device."""
     compiled: bool
     attention: str
     """The kernel that attention is computed with, by `train.attention`'s name for it."""
@@ -85,9 +86,10 @@ def open_frozen(
     if compiled:
         compile.keep_in(folder / COMPILED, attention)
         compile.compile_blocks(family.blocks(base), num_shapes=num_shapes)
+    places = places_of(family, base) if hoist else None
     streamed = streaming.stream(family, base, device) if stream else None
     shards = sharding.shard(family, base, device, cards=shard_over) if shard_over > 1 else None
-    return Base(base, streamed, shards, hoist, compiled, attention, counted)
+    return Base(base, streamed, shards, places, compiled, attention, counted)
 
 
 def load(
@@ -115,11 +117,11 @@ def load(
     base = open_frozen_base()
     components = [base.component, component("controlnet", controlnet)]
     modulation = None
-    if base.hoisted:
-        linears = LinearsOnDisk(model, family.base_component)
+    if base.places is not None:
         modulation = Modulation(
-            family, base.module, linears, guidance=options.controlnet.guidance, device=device, dtype=dtype
-        )
+            family, base.module, LinearsOnDisk(model, family.base_component),
+            guidance=options.controlnet.guidance, device=device, dtype=dtype, places=base.places,
+        )  # fmt: skip
     if base.compiled:
         compile.compile_blocks(family.blocks(controlnet), num_shapes=num_shapes)
     adapter = ControlNetAdapter(family, base.module, controlnet, options.controlnet)

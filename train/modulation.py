@@ -184,11 +184,12 @@ class Modulation:
         guidance: float,
         device: torch.device,
         dtype: torch.dtype,
+        places: Mapping[str, HoistedLinear] | None = None,
     ) -> None:
-        """`base` is hoisted and on the device, where it computes in `dtype`. Raises `UserError` where the linears are
-        not those of the base."""
+        """`base` is hoisted and on the device, where it computes in `dtype`. `places`: its `places_of`, if blocks
+        have been wrapped since. Raises `UserError` where the linears are not those of the base."""
         self.family, self.base, self.guidance, self.device, self.dtype = family, base, guidance, device, dtype
-        self._linears, self._places = linears, _hoisted(family, base)
+        self._linears, self._places = linears, places_of(family, base) if places is None else places
         self.num_parameters = sum(_checked(linears, name, place) for name, place in self._places.items())
         """Of the weights and biases that the device does not hold."""
         self.together = device.type == "cuda"
@@ -202,6 +203,7 @@ class Modulation:
         self._host: list[torch.Tensor] = []  # two, in turn
         self._flat: dict[int, torch.Tensor] = {}
         self._bound: tuple[int, int] | None = None
+        self._first_rows: torch.Tensor | None = None
         self._giving_up = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="modulation", initializer=self._begin_thread)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -248,11 +250,12 @@ class Modulation:
             flat = self._flat[R] = torch.empty_like(host, device=self.device, pin_memory=False)
         # Always to the same place: what reads it is before or after in the order of the stream.
         flat.copy_(host, non_blocking=True)
-        if self._bound != (R, B):
+        first = next(iter(self._places.values()))
+        if self._bound != (R, B) or first.rows is not self._first_rows:  # those of another run on the same base
             for name, offset in self._layout(R).offsets.items():
                 place = self._places[name]
                 place.rows = flat[offset : offset + R * place.out_features].view(R, place.out_features)[:B]
-            self._bound = R, B
+            self._bound, self._first_rows = (R, B), first.rows
 
     def close(self) -> None:
         """Compute no further."""
@@ -421,7 +424,7 @@ def _piece_rows(D: int, dtype: torch.dtype) -> int:
     return max(PIECE_BYTES // (D * dtype.itemsize) // 256, 1) * 256
 
 
-def _hoisted(family: Family, base: torch.nn.Module) -> dict[str, HoistedLinear]:
+def places_of(family: Family, base: torch.nn.Module) -> dict[str, HoistedLinear]:
     """The places in a hoisted base, by name."""
     places: dict[str, HoistedLinear] = {}
     for name, place in family.modulations(base).items():

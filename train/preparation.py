@@ -22,6 +22,7 @@ from train import checkpoints, fit, processes
 from train.adapters.controlnet import ControlNetOptions, parse_depth
 from train.config import TrainConfig
 from train.counting import Setting
+from train.early_stop import taken_up
 from train.loader import Loader
 from train.optimizer import learning_rate
 from train.run import Run
@@ -129,6 +130,14 @@ def begin(options: TrainConfig, stack: ExitStack) -> Begun | None:
                 run.note({"ended": {"step": done, "why": "trained"}})  # a kill may have come before, too
                 say(f"{run.folder} is already trained to step {done}: raise STEPS to go on, or choose another NAME")
             return None
+        stopped = taken_up(options.early_stop, checkpoint)
+        if accelerator.is_main_process:
+            stopped.mark(run.folder)  # a kill may have come before
+        if stopped.asks:
+            if accelerator.is_main_process:
+                run.note({"ended": {"step": done, "why": "early_stop"}})
+                say(f"{run.folder} has ended at step {done}. {stopped.words()}")
+            return None
     return Begun(options, ground, accelerator, run, before, checkpoint)
 
 
@@ -147,6 +156,8 @@ def ready(begun: Begun, fitted: fit.Fit) -> Prepared:
     if checkpoint is not None:
         loader.load_state(checkpoints.state(checkpoint)["loader"])
     if accelerator.is_main_process:
+        if (words := fitted.words()) is not None:
+            say(words)
         unread = ground.family.unread_residuals(ground.model, _depth(ground.family, options, checkpoint))
         parts = ground.samples, ground.held_out
         _warn(options, ground.remark, unread, parts, begun.before if loader.step else None)
@@ -203,11 +214,41 @@ def decide_fit(
     model: ModelFolder,
     samples: CachedSamples,
     checkpoint: Path | None,
+    beside_bytes: int = 0,
 ) -> fit.Fit:
-    """Batches, and what is given up for memory: decided by the largest step that will come."""
+    """Batches, and what is given up for memory: decided by the largest step that will come. `beside_bytes`: what others
+    hold on the device that train on the same base."""
+    setting = setting_of(options, accelerator.device, family, model, samples, checkpoint)
+    free_bytes = fit.free_bytes(accelerator)
+    if accelerator.is_main_process and (free_bytes is not None or options.memory.budget != "auto") and not beside_bytes:
+        say("counting what a step will take ...")
+    fitted = fit.decide(
+        options.memory,
+        options.loader,
+        setting,
+        device=accelerator.device,
+        free_bytes=free_bytes,
+        num_processes=accelerator.num_processes,
+        cards=processes.per_machine(accelerator),
+        beside_bytes=beside_bytes,
+        saved=None if checkpoint is None else checkpoints.state(checkpoint)["loader"],
+    )
+    options.optimizer.check_release(fitted.loader.accumulation, accelerator.num_processes)
+    return fitted
+
+
+def setting_of(
+    options: TrainConfig,
+    device: torch.device,
+    family: Family,
+    model: ModelFolder,
+    samples: CachedSamples,
+    checkpoint: Path | None,
+) -> Setting:
+    """The largest step of a run, but for its batch and for what is given up for memory."""
     width, height = max(samples.sizes, key=lambda size: size[0] * size[1])
-    dtype, weights = dtypes(options, accelerator.device)
-    setting = Setting(
+    dtype, weights = dtypes(options, device)
+    return Setting(
         depth=_depth(family, options, checkpoint),
         height=height,
         width=width,
@@ -218,24 +259,8 @@ def decide_fit(
         dtype=dtype,
         weights=weights,
         optimizer=options.optimizer,
+        averaged=options.ema.on_device,
     )
-    free_bytes = fit.free_bytes(accelerator)
-    if accelerator.is_main_process and (free_bytes is not None or options.memory.budget != "auto"):
-        say("counting what a step will take ...")
-    fitted = fit.decide(
-        options.memory,
-        options.loader,
-        setting,
-        device=accelerator.device,
-        free_bytes=free_bytes,
-        num_processes=accelerator.num_processes,
-        cards=processes.per_machine(accelerator),
-        saved=None if checkpoint is None else checkpoints.state(checkpoint)["loader"],
-    )
-    options.optimizer.check_release(fitted.loader.accumulation, accelerator.num_processes)
-    if accelerator.is_main_process and (words := fitted.words()) is not None:
-        say(words)
-    return fitted
 
 
 def _warn(
@@ -255,6 +280,10 @@ def _warn(
     unused = [f"objective.{name}" for name in options.objective.unused()]
     unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
     unused += [f"memory.{name}" for name in options.memory.unused()]
+    unused += [f"ema.{name}" for name in options.ema.unused()]
+    unused += [f"early_stop.{name}" for name in options.early_stop.unused()]
+    if options.early_stop.on and not len(parts[1]):
+        unused.append("early_stop.patience")
     unused += [f"loader.{name}" for name in options.loader.unused(remote=parts[0].cache.storage.remote)]
     if options.controlnet.start_from is not None and options.controlnet.embedder != ControlNetOptions.embedder:
         unused.append("controlnet.embedder")

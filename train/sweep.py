@@ -28,13 +28,12 @@ from shared import atomic
 from shared.config import load, to_dict, to_yaml
 from shared.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, UserError, run_command_line
 from shared.report import progress, say, table, warn
-from train import children, grid
+from train import children, grid, outcomes
 from train.grid import Experiment, SweepConfig
+from train.outcomes import DONE
 from train.stopping import Stop, stopping
 
 SWEEP, PAGE = "sweep.json", "compare.html"
-DONE = ("trained", "early_stop")
-"""Outcomes after which nothing is left to do."""
 _TICK_SECONDS = 0.2
 _BASE_OPTIONS = (
     "cache",
@@ -62,8 +61,11 @@ def sweep(options: SweepConfig) -> int:
     with atomic.alone(folder, "sweeping in"):
         record = Record(folder, options, found, before)
         code = _Sweep(options, record).run()
+        say(_outcomes(record))
         if any((folder / name / "run.json").is_file() for name in record.states):
-            say(f"{_outcomes(record)}\nthe page that compares them: {_write_page(folder, record)}")
+            from train import compare
+
+            say(f"the page that compares them: {compare.write([folder], folder / PAGE)}")
     return code
 
 
@@ -169,19 +171,6 @@ def recorded(folder: Path) -> dict[str, Recorded]:
         raise UserError(f"{path} is damaged ({error}); choose another NAME, or remove this file to go on") from error
 
 
-def _ended(experiment: Experiment) -> dict[str, Any]:
-    """What the run itself says of its end, after its process ended well."""
-    from train import checkpoints
-
-    newest = next(iter(checkpoints.all_newest_first(experiment.folder)), None)
-    step = 0 if newest is None else checkpoints.step_of(newest)
-    with suppress(OSError, ValueError, KeyError, IndexError):
-        ended = json.loads((experiment.folder / "run.json").read_text())["starts"][-1]["ended"]
-        if ended["step"] == step:
-            return {"outcome": ended["why"], "step": step}
-    return {"outcome": "trained" if step >= experiment.options.steps else "stopped", "step": step}
-
-
 def _outcomes(record: Record) -> str:
     """The table of what became of the experiments."""
     rows = [
@@ -189,13 +178,6 @@ def _outcomes(record: Record) -> str:
         for name, state in record.states.items()
     ]
     return table(("experiment", "outcome", "why"), rows, right=3)
-
-
-def _write_page(folder: Path, record: Record) -> Path:
-    from train import compare
-
-    runs = [folder / name for name in record.states if (folder / name / "run.json").is_file()]
-    return compare.write(runs, folder / PAGE)
 
 
 # --- training them --------------------------------------------------------------------------------------------------
@@ -296,7 +278,8 @@ class _Sweep:
         for name in running.names:
             state = noted.get(name)
             if state is None and code == 0:
-                state = _ended(self.record.found[name])
+                experiment = self.record.found[name]
+                state = outcomes.ended(experiment.folder, experiment.options.steps)
             elif state is None and running.asked:
                 state = {"outcome": "stopped"}
             elif state is None:

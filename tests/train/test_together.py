@@ -1,0 +1,146 @@
+"""Side by side on one frozen base, every run is the one that it would be alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.errors import EXIT_INCOMPLETE, UserError
+from tests.train.conftest import controlnet_bytes, metrics, train_options
+from train import together
+from train.config import TrainConfig
+from train.objectives import FlowMatching, Noised
+from train.step import Step
+from train.together import train_together
+from train.trainer import train
+
+HELD = {"hoist": "yes", "hoist_steps": 3, "stream": "yes"}
+
+
+def three(cache: Path, runs: Path, **changes: Any) -> list[TrainConfig]:
+    """Runs that have nothing in common but the base and the number of steps: other depths, batches, seeds, rates and
+    other blocks recomputed."""
+
+    def run(name: str, depth: str, seed: int, memory: dict[str, Any], **more: Any) -> TrainConfig:
+        looks = {"every": 3, "samples": 2, "timesteps": 2}
+        parts = {"memory": {**HELD, **memory}, "validation": looks, **more, **changes}
+        return train_options(cache, runs, name=name, depth=depth, seed=seed, steps=5, **parts)
+
+    return [
+        run("a", "1-1", 0, {"recompute": "2"}, checkpoint={"every": 2}),
+        run("b", "0-2", 3, {"recompute": "none"}, loader={"batch_size": 1, "accumulation": 2}),
+        run("c", "2-0", 0, {"recompute": "all"}, optimizer={"learning_rate": 1e-2}, controlnet={"guidance": 2.0}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the three runs, each trained by itself."""
+    runs = tmp_path_factory.mktemp("alone")
+    for options in three(tiny_cache, runs):
+        assert train(options) == 0
+    return runs
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the three, trained together."""
+    runs = tmp_path_factory.mktemp("shared")
+    noted: dict[str, dict[str, Any]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        opened = []
+        patch.setattr(together, "open_base", lambda *args: opened.append(args) or OPEN(*args))
+        assert train_together(three(tiny_cache, runs), noted.__setitem__) == 0
+    assert len(opened) == 1
+    assert noted == {name: {"outcome": "trained", "step": 5} for name in "abc"}
+    return runs
+
+
+OPEN = together.open_base
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_every_run_is_to_the_bit_what_it_is_alone(alone: Path, shared: Path, name: str) -> None:
+    assert metrics(shared / name) == metrics(alone / name)
+    assert len(metrics(shared / name)) == 5 + 3
+    assert controlnet_bytes(shared / name) == controlnet_bytes(alone / name)
+
+
+def test_they_take_turns_step_by_step_and_hold_no_gradients_between(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[tuple[int, int]] = []
+    graded: list[int] = []
+    call, steps = Step.__call__, []
+
+    def taken(self: Step, batches: Any, step: int, rate: float) -> dict[str, float]:
+        if self not in steps:
+            steps.append(self)
+        graded.append(sum(p.grad is not None for other in steps for p in other.optimizer.parameters.values()))
+        turns.append((steps.index(self), step))
+        return call(self, batches, step, rate)
+
+    monkeypatch.setattr(Step, "__call__", taken)
+    runs = [train_options(tiny_cache, tmp_path, name=f"run-{i}", depth="1-0", steps=2 + i) for i in range(2)]
+    assert train_together(runs) == 0
+    assert turns == [(0, 1), (1, 1), (0, 2), (1, 2), (1, 3)]
+    assert graded == [0] * 5
+
+
+def test_one_that_fails_is_dropped_and_the_others_are_what_they_would_have_been(
+    alone: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss, calls = FlowMatching.loss, iter(range(1000))
+
+    def breaks(self: FlowMatching, prediction: torch.Tensor, noised: Noised) -> torch.Tensor:
+        return loss(self, prediction, noised) * (torch.nan if self.options.logit_mean == 0.5 else 1)
+
+    monkeypatch.setattr(FlowMatching, "loss", breaks)
+    a, b, c = three(tiny_cache, tmp_path)
+    b = dataclasses.replace(b, objective=dataclasses.replace(b.objective, logit_mean=0.5))
+    too_deep = dataclasses.replace(a, name="deep", depth="3-0")
+    noted: dict[str, dict[str, Any]] = {}
+    assert train_together([a, b, too_deep, c], noted.__setitem__) == EXIT_INCOMPLETE
+    del calls
+    assert {name: state["outcome"] for name, state in noted.items()} == {
+        "a": "trained", "b": "failed", "c": "trained", "deep": "failed",
+    }  # fmt: skip
+    assert "step 1: the loss nan is not finite" in noted["b"]["why"]
+    assert "DEPTH 3-0 is deeper than the base" in noted["deep"]["why"]
+    assert "b: warning: dropped, the others go on: step 1: the loss nan" in capsys.readouterr().err
+    for name in ("a", "c"):
+        assert metrics(tmp_path / name) == metrics(alone / name)
+
+
+def test_each_goes_on_from_its_own_checkpoint(alone: Path, shared: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(shared / "c", tmp_path / "c", symlinks=True)  # is trained already
+    halfway = dataclasses.replace(three(tiny_cache, tmp_path)[0], steps=2)
+    assert train(halfway) == 0
+    noted: dict[str, dict[str, Any]] = {}
+    assert train_together(three(tiny_cache, tmp_path), noted.__setitem__) == 0
+    assert noted == {name: {"outcome": "trained", "step": 5} for name in "abc"}
+    for name in "abc":
+        assert controlnet_bytes(tmp_path / name) == controlnet_bytes(alone / name)
+        assert json.loads((tmp_path / name / "run.json").read_text())["starts"][-1]["ended"]["why"] == "trained"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": {"weights": "none"}}, "base is .*int8.* and .*none"),
+        ({"precision": "bf16"}, "precision is auto and bf16"),
+        ({"memory": {"stream": "no"}}, "memory.stream is auto and no"),
+    ],
+)
+def test_runs_with_different_bases_are_refused(
+    tiny_cache: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    runs = [train_options(tiny_cache, tmp_path, name="a"), train_options(tiny_cache, tmp_path, name="b", **changes)]
+    with pytest.raises(UserError, match=f"a and b cannot share a base: {words}"):
+        train_together(runs)
