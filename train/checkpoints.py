@@ -2,6 +2,7 @@
 
     checkpoints/step-00000400/
       controlnet/            config.json, diffusion_pytorch_model.safetensors
+      ema/                   the same of the average of the weights, in float32, where one is kept (train/ema.py)
       optimizer.safetensors  the optimizer's tensors, in 8 bit where it keeps 8 bit
       state.json             step, position of the loader, settings; checksums of every file here and its own.
                              Written last
@@ -33,7 +34,7 @@ from shared.report import warn
 from train import readback
 from train.readback import NotAsMeantError, SaveWeights
 
-CONTROLNET, OPTIMIZER, STATE = "controlnet", "optimizer.safetensors", "state.json"
+CONTROLNET, EMA, OPTIMIZER, STATE = "controlnet", "ema", "optimizer.safetensors", "state.json"
 BEST = "best"
 """A link in the run's folder to a checkpoint that stays, however many newer ones there are."""
 

@@ -12,6 +12,8 @@ from shared.errors import UserError
 from train.adapters.controlnet import ControlNetOptions, parse_depth
 from train.budget import MemoryOptions
 from train.checkpoints import CheckpointOptions
+from train.early_stop import EarlyStopOptions
+from train.ema import EmaOptions
 from train.loader import LoaderOptions
 from train.objectives import ObjectiveOptions
 from train.optimizer import OptimizerOptions
@@ -60,6 +62,8 @@ class TrainConfig:
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
+    early_stop: EarlyStopOptions = field(default_factory=EarlyStopOptions)
 
     def check(self) -> None:
         """Refuse impossible values, of the parts too."""
@@ -85,8 +89,12 @@ class TrainConfig:
             self.optimizer,
             self.validation,
             self.checkpoint,
+            self.ema,
+            self.early_stop,
         ):
             part.check()
+        if self.early_stop.on and not self.validation.every:
+            raise UserError("early_stop.patience counts looks at held-out losses: set validation.every above 0")
 
     @property
     def run_name(self) -> str:
@@ -101,7 +109,7 @@ MAY_CHANGE = (
     "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "memory.",
     "loader.prefetch", "loader.workers", "loader.lookahead", "loader.accumulation", "remote.", "base.folder",
     "speed.compile", "speed.attention", "optimizer.states", "optimizer.release", "optimizer.survival_every",
-    "optimizer.one_pass",
+    "optimizer.one_pass", "ema.device", "early_stop.",
 )  # fmt: skip
 """Options that a resumed run may have changed without becoming another experiment. (The cache may have moved: its
 fingerprints are compared. Accumulation may change together with the number of processes: the loader compares their

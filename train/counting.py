@@ -81,6 +81,8 @@ class Setting:
     weights: torch.dtype = torch.bfloat16
     """Of the trained weights."""
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    averaged: bool = False
+    """The average of the trained weights is kept on the device too."""
 
 
 # What is counted
@@ -211,7 +213,14 @@ def trace(setting: Setting, *, whole: bool = False) -> Trace:
     # The buckets of several processes are there before backward, as gradients are that were accumulated already.
     accumulation = min(setting.accumulation, 2) if setting.num_processes == 1 else 2
     alike = replace(
-        setting, stream=False, shard=False, cards=1, num_processes=1, accumulation=accumulation, optimizer=release
+        setting,
+        stream=False,
+        shard=False,
+        cards=1,
+        num_processes=1,
+        accumulation=accumulation,
+        optimizer=release,
+        averaged=False,
     )
     return _trace(alike, whole)
 

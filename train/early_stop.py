@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
 from shared.report import warn
+from train import checkpoints
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class EarlyStop:
         """Whether training should end."""
         return self.options.on and self.looks_since >= self.options.patience
 
+    def mark(self, folder: Path) -> None:
+        """Mark the best look's checkpoint, where it is there, in the run's `folder`, so that it stays."""
+        if self.best_step is not None and (path := checkpoints.path_of(folder, self.best_step)).is_dir():
+            checkpoints.mark_best(folder, path)
+
     def words(self) -> str:
         """Why, in a sentence."""
         return (
@@ -100,6 +107,15 @@ class EarlyStop:
         """Go on from what `state` gave."""
         self.best_step, self.looks_since = state["best_step"], state["looks_since"]
         self._best, self._grid = list(state["losses"]), state["grid"]
+
+
+def taken_up(options: EarlyStopOptions, checkpoint: Path | None) -> EarlyStop:
+    """As a run's `checkpoint` has it, or new."""
+    made = EarlyStop(options)
+    state = None if checkpoint is None else checkpoints.state(checkpoint).get("trainer", {}).get("early_stop")
+    if options.on and state is not None:
+        made.load_state(state)
+    return made
 
 
 def better(losses: list[float], best: list[float], errors: float) -> bool:

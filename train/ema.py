@@ -85,6 +85,11 @@ class EmaOptions:
         """Whether held-out samples are looked at with the average."""
         return self.on and self.evaluate
 
+    @property
+    def on_device(self) -> bool:
+        """Whether an average is kept on the device that trains."""
+        return self.on and self.device == "device"
+
     def unused(self) -> list[str]:
         """Options that were changed from their default but have no effect beside the others: warn of them."""
         needed = {"width": self.profile == "power", "decay": self.profile == "constant"}
@@ -212,9 +217,9 @@ class Ema:
             for piece in self._pieces:
                 piece.of(self._weights[piece.name]).copy_(piece.on_the_way(kept))
 
-    def save(self, folder: Path, module: torch.nn.Module) -> None:
+    def save(self, folder: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Write the average as diffusers writes `module`, whose weights are averaged here; what of it is not trained is
-        written as it is."""
+        written as it is. Back comes what was to be written, by name."""
         self.wait()
         folder.mkdir(parents=True, exist_ok=True)
         module.save_config(folder)  # type: ignore[operator]
@@ -223,6 +228,7 @@ class Ema:
             for name, tensor in module.state_dict().items()
         }
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        return tensors
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote. Raises `UserError` where it is another ControlNet's."""
@@ -268,11 +274,3 @@ def _pieces(weights: Mapping[str, torch.Tensor], chunk_numel: int) -> Iterator[_
             numel = min(weight.numel() - start, chunk_numel - offset)
             yield _Piece(name, start, numel, filled // chunk_numel, offset)
             start, filled = start + numel, filled + numel
-
-
-def bytes_on_device(options: EmaOptions, numel: int) -> int:
-    """What the average of `numel` weights takes of the device that trains."""
-    return 4 * numel if options.on and options.device == "device" else 0
-
-
-__all__ = ["Ema", "EmaOptions", "bytes_on_device", "exponent_of", "kept_share"]

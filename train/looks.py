@@ -46,13 +46,15 @@ class Looks:
         compiled: bool,
         run_seconds: Callable[[], float],
         shards: Shards | None = None,
+        weights: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """`validation`: of the main process, where there are held-out samples. `paints`: whether there is a VAE.
         `compiled`: nothing is compiled for looks, they come too seldom. `run_seconds`: how long the run has taken up to
-        the look, all its starts together. `shards`: the base, where it is spread over cards."""
+        the look, all its starts together. `shards`: the base, where it is spread over cards. `weights`: puts those in
+        place that are looked at, and afterwards those that are trained."""
         self.options, self.accelerator, self.run, self.adapter = options, accelerator, run, adapter
         self.validation, self.last_step, self.paints, self.compiled = validation, last_step, paints, compiled
-        self._run_seconds, self._shards = run_seconds, shards
+        self._run_seconds, self._shards, self._weights = run_seconds, shards, weights
         self.seconds = 0.0
         """That all looks of the run took."""
         self.figures: dict[str, Any] = {}
@@ -106,7 +108,8 @@ class Looks:
         began = time.perf_counter()
         with main_alone(self._shards):
             if self.validation is not None:
-                self._look(self.validation, step, began)
+                with self._weights():
+                    self._look(self.validation, step, began)
         self.accelerator.wait_for_everyone()
         self.seconds += time.perf_counter() - began
 

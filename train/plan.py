@@ -209,6 +209,7 @@ def _setting(options: PlanConfig, subject: Subject, depth: tuple[int, int]) -> S
         dtype=dtype,
         weights=weights,
         optimizer=options.optimizer,
+        averaged=options.ema.on_device,
     )
 
 

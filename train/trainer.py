@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 
 import torch
@@ -21,6 +21,8 @@ from train import attention, checkpoints, eight_bit, fit, models, processes
 from train.baseline import Baseline
 from train.budget import grow_segments
 from train.config import TrainConfig
+from train.early_stop import taken_up
+from train.ema import Ema
 from train.looks import Looks
 from train.objectives import FlowMatching, Objective
 from train.optimizer import Optimizer, learning_rate
@@ -98,6 +100,12 @@ class Trainer:
         state = {} if checkpoint is None else checkpoints.state(checkpoint)
         if checkpoint is not None:
             self.optimizer.load_state(checkpoints.optimizer_tensors(checkpoint), state["optimizer"])
+        self.ema: Ema | None = None
+        """Of the main process: it alone looks and saves."""
+        if options.ema.on and accelerator.is_main_process:
+            self.ema = Ema(options.ema, dict(self.adapter.named_parameters()))
+            if checkpoint is not None:
+                self.ema.load(checkpoint / checkpoints.EMA)
         self.adapter.module = processes.together(
             self.adapter.controlnet, accelerator, idle=self.adapter.has_idle_parameters
         )
@@ -125,7 +133,9 @@ class Trainer:
             options.validation, accelerator, self.run, self.adapter, self.validation,
             last_step=options.steps, paints=model.has("vae"), compiled=self.models.compiled,
             run_seconds=lambda: self.device_seconds / accelerator.num_processes, shards=self.models.shards,
+            weights=nullcontext if self.ema is None or not options.ema.evaluate else self.ema.in_place,
         )  # fmt: skip
+        self.early_stop = taken_up(options.early_stop, checkpoint)
         counts, times = state.get("trainer", {}), state.get("times", {})
         self.samples_seen: int = counts.get("samples_seen", 0)
         self.device_seconds: float = times.get("device_seconds", 0.0)
@@ -186,10 +196,11 @@ class Trainer:
                     bar.set_postfix(loss=f"{figures['loss']:.4f}", wait=f"{figures['data_wait_seconds'] * 1e3:.0f}ms")
                     bar.update()
                     self.look(step)
+                    best = self._anyone(self._is_best(step)) if options.early_stop.on else False
                     self._count_time()
-                    last = step >= options.steps or self._anyone(stop.asked)
-                    if last or step % options.checkpoint.every == 0:
-                        self._save(step)
+                    last = step >= options.steps or self._anyone(stop.asked or self.early_stop.asks)
+                    if last or best or step % options.checkpoint.every == 0:
+                        self._save(step, best=best)
                     del batches  # their memory serves for the next ones
                     if last:
                         break
@@ -213,6 +224,8 @@ class Trainer:
             self._hold_to_exact(batches)
         rate = learning_rate(self.options.optimizer, step - 1, self.options.steps)
         figures = self.guard(batches, partial(self.step, batches, step, rate))
+        if self.ema is not None:
+            self.ema.update(step)
         self.samples_seen += batches[0].step_samples
         figures["data_wait_seconds"] = self.loader.waited_seconds
         figures["step_seconds"] = time.perf_counter() - began
@@ -224,7 +237,10 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         step, trained = self.loader.step, self.loader.step >= self.options.steps
-        self.run.note({"ended": {"step": step, "why": "trained" if trained else "stopped"}})
+        why = "trained" if trained else "early_stop" if self.early_stop.asks else "stopped"
+        self.run.note({"ended": {"step": step, "why": why}})
+        if why == "early_stop":
+            say(self.early_stop.words())
         say(
             f"{'trained to' if trained else 'stopped and saved at'} step {step}: "
             f"{self.run.folder / checkpoints.CONTROLNET}; {waited:.1%} of the time went into waiting for data, "
@@ -239,6 +255,8 @@ class Trainer:
     def close(self) -> None:
         """Let go of what goes on in the background."""
         self.look.close()
+        if self.ema is not None:
+            self.ema.close()
         if self.models.modulation is not None:
             self.models.modulation.close()
 
@@ -251,7 +269,15 @@ class Trainer:
             say(measured.sentence())
             self.run.note({"arithmetic": measured.figures()})
 
-    def _save(self, step: int) -> None:
+    def _is_best(self, step: int) -> bool:
+        """Whether held-out losses were looked at after this step and are the best so far."""
+        validation = self.validation
+        if validation is None or not self.look.due(step)[0]:
+            return False
+        grid = f"{len(validation.last_losses)} samples at {validation.options.timesteps} times"
+        return self.early_stop.look(step, validation.last_losses, grid)
+
+    def _save(self, step: int, *, best: bool = False) -> None:
         if self.accelerator.is_main_process:
             self.run.sync_metrics()
             self.run.note({"memory": self.guard.figures()})
@@ -260,10 +286,15 @@ class Trainer:
                 "optimizer": meta,
                 "loader": self.loader.state(),
                 "options": to_dict(self.options),
-                "trainer": {"samples_seen": self.samples_seen},
+                "trainer": {"samples_seen": self.samples_seen, "early_stop": self.early_stop.state()},
                 "times": {"device_seconds": self.device_seconds, "look_seconds": self.look.seconds},
             }
-            checkpoints.save(self.run.folder, step, self.adapter.save, tensors, state, self.options.checkpoint.keep)
+            average = None if self.ema is None else partial(self.ema.save, module=self.adapter.controlnet)
+            beside = {} if average is None else {checkpoints.EMA: average}
+            keep = self.options.checkpoint.keep
+            checkpoints.save(self.run.folder, step, self.adapter.save, tensors, state, keep, beside)
+            if best:
+                self.early_stop.mark(self.run.folder)
         self.accelerator.wait_for_everyone()
 
     def _anyone(self, asked: bool) -> bool:

@@ -120,6 +120,8 @@ class Validation:
         self._without: torch.Tensor | None = None  # the base is frozen: computed once
         self._baseline = baseline
         self.modulation = modulation
+        self.last_losses: list[float] = []
+        """Of each held-out sample of the grid, at the last look."""
         self._grid_rows: Rows | None = None  # the same at every step: computed once, on the host
 
     def batches(self, indices: list[int]) -> Iterator[tuple[list[int], Batch]]:
@@ -202,6 +204,7 @@ class Validation:
     def held_out(self, adapter: ControlNetAdapter) -> dict[str, float]:
         """The figures of one look: losses, gaps with their standard errors, and the loss by t."""
         own = self.losses(adapter, "own")
+        self.last_losses = own.mean(dim=1).tolist()
         if self._without is None:
             self._without = self._losses_without(adapter)
         other = self.losses(adapter, "other")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxControlNetModel
+from safetensors.torch import load_file
 
 from shared.errors import UserError
 from shared.model_folder import resolve
-from tests.train.conftest import flux
-from train import ema
+from tests.train.conftest import content, controlnet_bytes, flux, losses, metrics, train_options
+from train import checkpoints, ema
+from train.config import TrainConfig
+from train.counting import Setting
 from train.ema import Ema, EmaOptions, exponent_of, kept_share
+from train.memory_plan import cheapest_change, count
+from train.trainer import train
 
 DTYPES = (torch.float32, torch.bfloat16)
 CHUNK = 64  # smaller than the largest weight, and no multiple of any
@@ -185,12 +191,6 @@ def test_a_full_host_is_refused_before_anything_is_taken(monkeypatch: pytest.Mon
     Ema(options(device="device"), {"w": torch.zeros(3, device="meta")})  # not the host's
 
 
-def test_the_device_is_asked_for_four_bytes_a_weight_only_where_the_average_is_there() -> None:
-    assert ema.bytes_on_device(options(device="device"), 100) == 400
-    assert ema.bytes_on_device(options(device="cpu"), 100) == 0
-    assert ema.bytes_on_device(EmaOptions(device="device"), 100) == 0
-
-
 # --- saved ----------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +228,98 @@ def test_an_average_of_other_weights_is_refused(controlnet: torch.nn.Module, tmp
     Ema(options(), weights).save(tmp_path / "ema", controlnet)
     with pytest.raises(UserError, match="does not hold the average of this run's weights"):
         Ema(options(), {**weights, "more": torch.zeros(2)}).load(tmp_path / "ema")
+
+
+# --- in training ----------------------------------------------------------------------------------------------------
+
+
+LOOKED = {"every": 2, "samples": 2, "timesteps": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of 6 steps: "with" an average, "resumed" after the fourth, and "without" one."""
+    folder = tmp_path_factory.mktemp("runs")
+    changes: dict[str, Any] = {"validation": LOOKED, "checkpoint": {"every": 1, "keep": 0}}
+    average = {"ema": {"profile": "power", "every": 2}}
+    for name, steps, more in (
+        ("with", 6, average),
+        ("resumed", 4, average),
+        ("resumed", 6, average),
+        ("without", 6, {}),
+    ):
+        assert train(train_options(tiny_cache, folder, name=name, steps=steps, **changes, **more)) == 0
+    return folder
+
+
+def ema_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints.path_of(run, step) / "ema" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_run_keeps_the_average_that_its_own_checkpoints_have(runs: Path) -> None:
+    expected: dict[str, torch.Tensor] = {}
+    for step in (2, 4, 6):
+        folder = checkpoints.path_of(runs / "with", step)
+        beta = (1 - 2 / step) ** (exponent_of(0.1) + 1)
+        weights = load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")
+        expected = {name: beta * expected.get(name, 0.0) + (1 - beta) * weight for name, weight in weights.items()}
+    found = ema_of(runs / "with", 6)
+    assert found.keys() == expected.keys()
+    for name, average in found.items():
+        torch.testing.assert_close(average, expected[name], rtol=1e-5, atol=1e-7)
+    assert all(
+        torch.equal(average, ema_of(runs / "with", 4)[name]) for name, average in ema_of(runs / "with", 5).items()
+    )
+
+
+def test_keeping_an_average_and_looking_at_it_changes_nothing_of_what_is_learned(runs: Path) -> None:
+    assert losses(runs / "with") == losses(runs / "without")
+    assert controlnet_bytes(runs / "with") == controlnet_bytes(runs / "without")
+
+
+def test_held_out_losses_are_those_of_the_average(runs: Path) -> None:
+    def held_out(name: str) -> dict[int, float]:
+        return {line["step"]: line["held_out"]["loss"] for line in metrics(runs / name) if "held_out" in line}
+
+    averaged, plain = held_out("with"), held_out("without")
+    assert averaged.keys() == plain.keys() == {0, 2, 4, 6}
+    assert (averaged[0], averaged[2]) == (plain[0], plain[2])  # the first update keeps nothing of what was before
+    assert averaged[4] != plain[4]
+    assert averaged[6] != plain[6]
+
+
+def test_a_resumed_run_has_the_same_average_to_the_bit(runs: Path) -> None:
+    for step in (5, 6):
+        assert content(checkpoints.path_of(runs / "resumed", step) / "ema") == content(
+            checkpoints.path_of(runs / "with", step) / "ema"
+        )
+    assert metrics(runs / "resumed") == metrics(runs / "with")
+
+
+def test_another_average_is_another_experiment_but_where_it_is_kept_is_not(runs: Path, tiny_cache: Path) -> None:
+    def options(**ema: Any) -> TrainConfig:
+        return train_options(
+            tiny_cache, runs, name="with", validation=LOOKED, checkpoint={"every": 1, "keep": 0},
+            ema={"profile": "power", "every": 2, **ema},
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match=r"holds another experiment \(ema.width was 0.1, is 0.2\)"):
+        train(options(width=0.2))
+    assert train(options(device="device")) == 0  # trained already
+
+
+def test_an_average_on_the_device_is_in_the_plan_and_the_first_thing_to_give_up() -> None:
+    setting = Setting((2, 4), 512, 512, 512, weights=torch.bfloat16)
+    without, there = count(setting), count(replace(setting, averaged=True))
+    assert there.peak_bytes - without.peak_bytes == there.components["average of the weights"]
+    assert there.components["average of the weights"] == pytest.approx(4 * there.num_trained, rel=0.001)
+    assert without.components["average of the weights"] == 0
+    change = cheapest_change(replace(setting, averaged=True), without.peak_bytes)
+    assert change is not None
+    assert change.startswith("--ema.device cpu (")
+    assert EmaOptions(profile="power", device="device").on_device
+    assert not EmaOptions(profile="power").on_device
+    assert not EmaOptions(device="device").on_device
 
 
 # --- options --------------------------------------------------------------------------------------------------------
