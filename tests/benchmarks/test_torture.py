@@ -20,13 +20,15 @@ from benchmarks.torture.trials import Tally, check_end, check_kept, check_readin
 from benchmarks.torture.worlds import read, reference
 from shared import atomic
 from shared.cache import writer
+from tests import forked
 from tests.shared import small_cache
 from tests.shared.small_cache import CAPTIONS, SAMPLES, flip, folder_of, make, sample
 
-SMALL = Dose(kills=6, kills_of_others=2, power_cuts=2, enospc=6, flips=24, truncations=4, worlds=1, others=1)
+SMALL = Dose(kills=6, kills_of_others=2, power_cuts=2, enospc=5, flips=6, truncations=2, worlds=1, others=1)
 
 
 def test_a_small_dose_loses_nothing_doubles_nothing_and_overlooks_nothing(tmp_path: Path) -> None:
+    forked.context()  # one server, with the imports of all tests
     tally = torture(SMALL, seed=1, jobs=2, folder=tmp_path)
     assert tally.problems == []
     counted = (tally.kills, tally.kills_of_others, tally.power_cuts, tally.enospc, tally.flips, tally.truncations)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -12,20 +11,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-import cv2
 import pytest
-from diffusers import AutoencoderKL
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from preprocess.config import PreprocessConfig
 from preprocess.pipeline import preprocess
 from shared.errors import EXIT_INTERRUPTED, run_command_line
+from tests import forked
 from tests.conftest import preprocess_options
 from tests.preprocess.runs import contents
 
 NUM_KILLS = 10
-IMPORTED = (AutoencoderKL, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast, cv2)
-"""What the stage imports when it needs it: imported by the fork server with this module, it costs no child anything."""
 
 
 def child(options: PreprocessConfig, err: str, ready: Connection) -> None:
@@ -41,8 +36,7 @@ class Children:
     """Starts children whose imports are done already, so that each begins its work at once."""
 
     def __init__(self) -> None:
-        self.context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])
+        self.context: ForkServerContext = forked.context()
 
     def start(self, options: PreprocessConfig, err: Path) -> ForkServerProcess:
         """A child that is just beginning."""

@@ -3,10 +3,8 @@ in Triton's interpreter, in a process of their own, and are compiled offline."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="torch's builds for other systems come without Triton")
 
+from tests.train.interpreter import interpreted  # noqa: E402
 from train import int8_arithmetic, kernels  # noqa: E402
 
 KIB = 1024
@@ -22,19 +21,13 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227}
 """What a block of threads may have on a card of this compute capability (CUDA C++ Programming Guide)."""
 
 
-def interpreted(program: str) -> str:
-    """What a program prints that runs on the CPU, its kernels in the interpreter."""
-    begin = "import torch\nfrom train import int8_arithmetic, kernels\ntorch.manual_seed(0)\n"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", begin + program], cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+BEGIN = "import torch\nfrom train import int8_arithmetic, kernels\ntorch.manual_seed(0)\n"
 
 
 def test_rows_become_the_same_integers_and_scales_as_in_plain_torch() -> None:
-    out = interpreted("""
+    out = interpreted(
+        BEGIN
+        + """
 for dtype in (torch.float32, torch.bfloat16):
     for R, D in ((7, 96), (3, 1000), (1, 64)):
         wide = torch.randn(R, D + 24).to(dtype) * torch.logspace(-20, 10, R)[:, None].to(dtype)
@@ -46,12 +39,15 @@ for dtype in (torch.float32, torch.bfloat16):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs)), (dtype, R, D)
             assert ours[0].abs().max() == 127
             print("same")
-""")
+"""
+    )
     assert out.split() == ["same"] * 12
 
 
 def test_a_row_of_zeros_stays_zero_and_what_is_not_finite_stays_so() -> None:
-    out = interpreted("""
+    out = interpreted(
+        BEGIN
+        + """
 x = torch.randn(4, 64)
 x[0], x[1, 3], x[2, 5] = 0, float("nan"), float("-inf")
 integers, scale = kernels.quantize_rows(x, None)
@@ -61,13 +57,16 @@ weight = torch.randint(-127, 128, (32, 64), dtype=torch.int8)
 out = torch.empty(4, 32)
 kernels.launch_matmul(kernels.Tiles(16, 32, 32, 4, 2), integers, scale, weight, None, None, out, along_rows=True)
 print((out == 0).all(1).tolist(), out.isfinite().any(1).tolist())
-""")
+"""
+    )
     assert out.strip() == "[True, False, False, False] [True, False, False, True]"
 
 
 def test_products_are_those_of_plain_torch_along_the_weight_s_rows_and_its_columns() -> None:
     # The interpreter cuts bf16 off where a GPU rounds: one unit in its last place. fp32 is the same to the bit.
-    out = interpreted("""
+    out = interpreted(
+        BEGIN
+        + """
 def int8(*shape):
     return torch.randint(-127, 128, shape, dtype=torch.int8)
 
@@ -90,15 +89,19 @@ for tiles, dtype in zip(several, (torch.float32, torch.bfloat16)):
         near = 0 if dtype == torch.float32 else 2 ** -7
         torch.testing.assert_close(ours, theirs, rtol=near, atol=0)
         print("same")
-""")
+"""
+    )
     assert out.split() == ["same"] * 4
 
 
 def test_a_transposition_is_exact_at_sizes_that_no_tile_divides() -> None:
-    out = interpreted("""
+    out = interpreted(
+        BEGIN
+        + """
 matrix = torch.randint(-128, 128, (200, 150), dtype=torch.int8)
 print(torch.equal(kernels.transposed(matrix), matrix.t()))
-""")
+"""
+    )
     assert out.strip() == "True"
 
 
