@@ -90,7 +90,7 @@ class Chart {
       return;
     }
     let [left, right] = extent(points.map(([x]) => x));
-    if (left === right) [left, right] = [left - 0.5, right + 0.5];
+    if (right - left <= 1e-9 * Math.abs(right)) [left, right] = [left - 0.5, right + 0.5];
     const reach = (p) => (whiskers && p[2] ? [p[1] - p[2], p[1] + p[2]] : [p[1]]);
     const values = [...points.flatMap(reach), ...references.map(([value]) => value)];
     for (const line of lines) {
@@ -98,7 +98,8 @@ class Chart {
       if (raw.length) values.push(raw[Math.floor(raw.length * 0.03)], raw[Math.floor(raw.length * 0.97)]);
     }
     let [low, high] = extent(values);
-    const pad = (high - low || Math.abs(high) || 1) * 0.06;
+    const spread = high - low;
+    const pad = 0.06 * (spread > 1e-9 * Math.abs(high) ? spread : Math.abs(high) || 1); // of equal values, rounding
     [low, high] = [low - pad, high + pad];
     if (share) [low, high] = [Math.max(low, 0), Math.min(high, 1)];
     if (floor !== undefined) low = Math.max(low, floor);
@@ -213,7 +214,8 @@ class Chart {
         }
         const point = Math.abs(line.points[low][0] - x) <= Math.abs(line.points[high][0] - x) ? line.points[low] : line.points[high];
         return { line, point };
-      });
+      })
+      .filter(({ point }) => Math.abs(point[0] - x) <= (this.right - this.left) * 0.08); // it ended before
   }
 
   mark(x) {

@@ -72,7 +72,7 @@ function runLine(panel, index) {
 
 // The mean over a setting's runs that are shown, where they all have a point, with its 95 % interval.
 function settingLine(panel, setting) {
-  const lines = setting.runs.filter((index) => isShown(index) && data.runs[index].series[panel.name]).map((index) => [index, runLine(panel, index)]);
+  const lines = setting.runs.filter((index) => isShown(index) && data.runs[index].counted && data.runs[index].series[panel.name]).map((index) => [index, runLine(panel, index)]);
   if (lines.length < 2) return lines.map(([, line]) => ({ ...line, label: setting.label }))[0];
   const bySteps = lines.map(([index, line]) => new Map(data.runs[index].series[panel.name][0].map((step, i) => [step, line.points[i]])));
   const steps = [...bySteps[0].keys()].filter((step) => bySteps.every((points) => points.get(step)));

@@ -98,12 +98,15 @@ def _answer(comparison: Comparison) -> str:
         return text
     second = comparison.settings[lead.second].label
     ahead, within = words.with_half(lead.difference, lead.half)
-    how = "over seeds that both have" if lead.paired else "of one seed, over held-out samples"
+    before = f"ahead of <b>{e(second)}</b>"
     if lead.half is None:
-        return f"{text} It is {ahead} ahead of <b>{e(second)}</b>; nothing says whether by chance."
-    if lead.difference > lead.half:
-        return f"{text} It is {ahead} {within} ahead of <b>{e(second)}</b> ({how}), more than chance explains."
-    return f"{text} Its lead of {ahead} {within} over <b>{e(second)}</b> ({how}) may be chance: more seeds would tell."
+        return f"{text} It is {ahead} {before}; nothing says whether by chance."
+    chance = abs(lead.difference) <= lead.half
+    if lead.paired:
+        judged = "which may be chance: more seeds would tell" if chance else "which chance hardly explains"
+        return f"{text} Over the seeds that both have it is {ahead} {within} {before}, {judged}."
+    judged = "the choice of held-out samples explains that, too" if chance else "more than other samples would change"
+    return f"{text} It is {ahead} {within} {before}, {judged}; what another seed would change is not known."
 
 
 def _curves_lead(comparison: Comparison) -> str:

@@ -8,6 +8,7 @@ from train.compare.data import Comparison, Series
 from train.compare.measures import BY_NAME, EACH_STEP, MEASURES, Measure
 from train.compare.pictures import STILL, Album
 from train.compare.ranking import looks
+from train.compare.settings import counted
 from train.compare.statistics import t95
 
 _FIRST = ("held_out/condition_gap", "held_out/control_gap", "held_out/loss", "loss")
@@ -24,6 +25,9 @@ def panels(comparison: Comparison) -> tuple[list[Measure], list[Measure]]:
 def payload(comparison: Comparison, album: Album) -> dict[str, Any]:
     """JSON values for the script."""
     look = looks(comparison.settings)
+    of_means = {
+        run.name for setting in comparison.settings for run in counted([comparison.runs[i] for i in setting.runs])
+    }
     first, more = panels(comparison)
     hours = {run.machine.device for run in comparison.runs}
     return {
@@ -39,7 +43,7 @@ def payload(comparison: Comparison, album: Album) -> dict[str, Any]:
                 "by_time": [[t, _short(loss), _short(error)] for t, loss, error in run.by_time],
                 "references": {name: _short(value) for name, value in run.references.items()},
                 "painted": album.painted.get(run.name, {}),
-                "state": run.state,
+                "counted": run.name in of_means,
             }
             for run in comparison.runs
         ],

@@ -83,7 +83,7 @@ def ranking(comparison: Comparison) -> str:
         f'<th scope="col" class="n">{e(measure.title)}</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
         f'<tfoot><tr><td></td><td></td><td class="forest">{axis.ticks()}</td>'
         f"<td></td>{'<td></td>' * len(beside)}</tr></tfoot></table></div>"
-        f'<p class="legend">{axis.legend()}{_what_intervals(comparison, measure)}</p>'
+        f'<p class="legend">{axis.legend()}<span class="what">{_what_intervals(comparison, measure)}</span></p>'
     )
 
 
@@ -147,7 +147,10 @@ class _Axis:
                                                               for i in setting.runs)]:  # fmt: skip
                 if figure is not None:
                     values.append(figure.value)
-        spread = max(values) - min(values) or abs(max(values)) or 1.0
+        spread = max(values) - min(values)
+        if spread <= 1e-9 * abs(max(values)):
+            spread = abs(max(values)) or 1.0
+            values += [min(values) - spread / 2, max(values) + spread / 2]
         for setting in comparison.settings:
             if (figure := setting.final.get(measure.name)) is not None and figure.low is not None:
                 # Of two seeds the interval can be many times as wide as all else: it is then cut at the edge.

@@ -41,17 +41,20 @@ class Folder:
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
-    """The runs among `paths`: runs' folders, and those of folders that hold runs (sweeps). What a shell's * brings
-    along beside them (sweep.json, recipes, pages) is passed over. `UserError` where there is none."""
+    """The runs among `paths`: runs' folders, and those of folders that hold runs. Of a sweep those that failed before
+    they had a folder are among them. What a shell's * brings along (sweep.json, recipes, pages) is passed over.
+    `UserError` where there is no run."""
     found: dict[Path, None] = {}
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: --runs takes runs' folders, or a sweep's")
-        if _is_run(path):
+        if (path / RUN).is_file():
             found[path] = None
         elif path.is_dir():
-            found |= dict.fromkeys(sorted(child for child in path.iterdir() if _is_run(child) or _failed(child)))
-    found |= dict.fromkeys(path for path in paths if path.is_dir() and path not in found and _failed(path))
+            inside = {child for child in path.iterdir() if (child / RUN).is_file()}
+            found |= dict.fromkeys(sorted(inside | {path / name for name in _failed(path)}))
+            if path.name in _failed(path.parent):
+                found[path] = None
+        elif not path.exists():
+            raise UserError(f"{path} does not exist: --runs takes the folders of runs, or a sweep's")
     if not found:
         raise UserError(
             f"no run in {', '.join(map(str, paths))}: a run's folder holds {RUN}, as `make train` writes it"
@@ -59,13 +62,8 @@ def find(paths: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
-def _is_run(path: Path) -> bool:
-    return (path / RUN).is_file()
-
-
-def _failed(path: Path) -> bool:
-    """Whether the sweep that the folder is in knows it: then it is shown even if it never began."""
-    return path.is_dir() and path.name in _outcomes(path.parent)
+def _failed(sweep: Path) -> list[str]:
+    return [name for name, entry in _outcomes(sweep).items() if entry.get("outcome") == "failed"]
 
 
 def read(path: Path) -> Folder:
@@ -88,6 +86,8 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _options(path: Path, notes: list[str]) -> dict[str, Any]:
     file = path / CONFIG
+    if not file.is_file():
+        file = path.parent / f"{path.name}.yaml"  # of an experiment that failed before it began: the sweep's recipe
     if not file.is_file():
         return {}
     try:
@@ -131,7 +131,4 @@ def _figures(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
 
 def _outcomes(folder: Path) -> dict[str, dict[str, Any]]:
     """What a sweep's sweep.json says of its experiments, by their folder's name."""
-    experiments = _json(folder / SWEEP, []).get("experiments", {})
-    if isinstance(experiments, list):
-        experiments = {entry.get("name"): entry for entry in experiments if isinstance(entry, dict)}
-    return {name: entry for name, entry in experiments.items() if isinstance(entry, dict)}
+    return _json(folder / SWEEP, []).get("experiments") or {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from train.compare import words
 from train.compare.data import MACHINE, Comparison, Figure, RunData
-from train.compare.measures import BY_NAME, MEASURES
+from train.compare.measures import BY_NAME, MEASURES, Measure
 from train.compare.ranking import figure_cell, looks, swatch
 from train.compare.settings import told
 from train.compare.words import NOTHING
@@ -32,48 +32,55 @@ def runs_table(comparison: Comparison) -> str:
         if measure.name.startswith(_LOOKED) and any(measure.name in run.final for run in comparison.runs)
     ]
     measures.sort(key=lambda measure: measure.name != comparison.ranked_by)
-    losses = ["loss"] if any("loss" in run.final for run in comparison.runs) else []
+    losses = any("loss" in run.final for run in comparison.runs)
     ranked = BY_NAME[comparison.ranked_by].title if comparison.ranked_by else "held-out figures"
+    first, others = measures[:1], measures[1:]
     heads = [
         ("Run", "", ""),
         ("Rank", "the order of settings", "n"),
-        *((measure.title, f"{measure.about} At the last look; \u00b1 is half of the 95 % interval", "n")
-          for measure in measures),
-        ("Best step", f"where {ranked} was best", "n"),
-        ("Converged at", "the step of sudden convergence, where there was one", "n"),
+        *(_head(measure) for measure in first),
         ("Depth", "", "n"),
         ("Parameters", "trained ones", "n"),
-        ("Steps", "", "n"),
-        ("Samples seen", "", "n"),
+        ("Peak memory", "", "n"),
         ("Step time", "the median", "n"),
         ("Data wait", "share of the time that steps waited for data", "n"),
         ("Looks", "share of the time that looking at held-out samples took", "n"),
-        ("Peak memory", "", "n"),
-        ("Device hours", "processes x time, looks included", "n"),
+        ("Best step", f"where {ranked} was best", "n"),
+        ("Converged at", "the step of sudden convergence, where there was one", "n"),
+        *(_head(measure) for measure in others),
         *((("Training loss", "over the last 5 % of the steps", "n"),) if losses else ()),
-    ]  # fmt: skip
+        ("Steps", "", "n"),
+        ("Samples seen", "", "n"),
+        ("Device hours", "processes x time, looks included", "n"),
+    ]
     rows = []
     look = looks(comparison.settings)
     for run in comparison.runs:
+        machine = run.machine
         cells = [
             (run.name, _run_name(run, look[run.setting])),
             (float(run.setting), str(run.setting + 1)),
-            *(_figure(run.final.get(measure.name)) for measure in measures),
-            _best(run, comparison.ranked_by),
-            _converged(run, comparison.ranked_by),
+            *(_figure(run.final.get(measure.name)) for measure in first),
             (_depth_key(run.depth), e(run.depth or NOTHING)),
             _number(run.num_parameters, words.count),
+            _memory(run),
+            _number(machine.step_seconds, words.duration),
+            _number(machine.data_wait_share, _percent),
+            _number(machine.look_share, _percent),
+            _best(run),
+            _converged(run, comparison.ranked_by),
+            *(_figure(run.final.get(measure.name)) for measure in others),
+            *((_number(_last_loss(run), lambda value: words.number(value, 3)),) if losses else ()),
             _steps(run),
             _number(run.samples_seen.values[-1] if run.samples_seen.values else None, words.count),
-            _number(run.machine.step_seconds, words.duration),
-            _number(run.machine.data_wait_share, _percent),
-            _number(run.machine.look_share, _percent),
-            _memory(run),
-            _number(run.machine.hours.values[-1] if run.machine.hours.values else None, words.hours),
-            *((_number(_last_loss(run), lambda value: words.number(value, 3)),) if losses else ()),
+            _number(machine.hours.values[-1] if machine.hours.values else None, words.hours),
         ]
         rows.append(cells)
     return _sortable(heads, rows, "Every run and its figures")
+
+
+def _head(measure: Measure) -> tuple[str, str, str]:
+    return measure.title, f"{measure.about} At the last look; \u00b1 is half of the 95 % interval", "n"
 
 
 def _run_name(run: RunData, look: tuple[int, int]) -> str:
@@ -97,7 +104,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}\u202f%"
 
 
-def _best(run: RunData, ranked_by: str | None) -> tuple[float | None, str]:
+def _best(run: RunData) -> tuple[float | None, str]:
     if run.best_step is None or run.best_value is None:
         return _number(None, str)
     return float(run.best_step), (f'{run.best_step:,}<span class="half">{e(words.number(run.best_value))}</span>')
