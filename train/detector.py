@@ -50,7 +50,7 @@ class Detector:
     ) -> None:
         """`layers`: of drawings, as the cache names them. `stand_in`: the condition that draws where drawings came with
         the images. Nothing is started yet."""
-        self._asked = {
+        self._asked: dict[str, Any] = {
             "layers": {name: dict(cache.summary(name).recipe) for name in layers},
             "options": _recorded(cache),
             "stand_in": stand_in,
