@@ -123,16 +123,15 @@ def begin(options: TrainConfig, stack: ExitStack) -> Begun | None:
     before, checkpoint = _begun_before(run, options, ground.facts, accelerator, stack)
     processes.refuse_unseen(accelerator, checkpoint)
     if checkpoint is not None:
+        stopped = taken_up(options.early_stop, checkpoint)
         if accelerator.is_main_process:
-            checkpoints.settle(run.folder, checkpoint, options.checkpoint.keep)  # a kill may have come before
+            stopped.mark(run.folder)  # a kill may have come before
+            checkpoints.settle(run.folder, checkpoint, options.checkpoint.keep)  # and here, too
         if (done := checkpoints.step_of(checkpoint)) >= options.steps:
             if accelerator.is_main_process:
                 run.note({"ended": {"step": done, "why": "trained"}})  # a kill may have come before, too
                 say(f"{run.folder} is already trained to step {done}: raise STEPS to go on, or choose another NAME")
             return None
-        stopped = taken_up(options.early_stop, checkpoint)
-        if accelerator.is_main_process:
-            stopped.mark(run.folder)  # a kill may have come before
         if stopped.asks:
             if accelerator.is_main_process:
                 run.note({"ended": {"step": done, "why": "early_stop"}})

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.errors import UserError
+from tests.train.conftest import losses, metrics, train_options
+from train import checkpoints
+from train.config import TrainConfig
 from train.early_stop import EarlyStop, EarlyStopOptions, better
+from train.optimizer import OptimizerOptions
+from train.trainer import train
 
 GRID = "4 samples x 4 times"
 
@@ -118,6 +126,98 @@ def test_looks_on_another_grid_are_not_compared(capsys: pytest.CaptureFixture[st
     assert made.look(20, [0.9, 0.9], "2 samples x 8 times")
     assert made.best_step == 20
     assert "looked for from here on" in capsys.readouterr().err
+
+
+# --- in training ----------------------------------------------------------------------------------------------------
+
+
+def resting(cache: Path, runs: Path, **early_stop: Any) -> TrainConfig:
+    """A run of up to 9 steps that learns nothing: no look is better than the first after a step."""
+    return train_options(
+        cache, runs, steps=9, optimizer={"learning_rate": 1e-12}, checkpoint={"every": 3, "keep": 1},
+        validation={"every": 1, "samples": 3, "timesteps": 1}, early_stop={"patience": 3, **early_stop},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run, ended early."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert train(resting(tiny_cache, runs)) == 0
+    return runs / "run"
+
+
+def last_start(run: Path) -> dict[str, Any]:
+    stated: dict[str, Any] = json.loads((run / "run.json").read_text())["starts"][-1]
+    return stated
+
+
+def test_a_run_that_no_longer_learns_ends_and_says_why(ended: Path) -> None:
+    assert last_start(ended)["ended"] == {"step": 4, "why": "early_stop"}
+    assert len(losses(ended)) == 4
+    assert [checkpoints.step_of(path) for path in checkpoints.all_newest_first(ended)] == [4, 1]
+
+
+def test_the_best_look_s_checkpoint_is_saved_and_stays_and_is_linked(ended: Path) -> None:
+    """No other save is due after the first step, and only the newest is kept besides."""
+    assert checkpoints.best(ended) == checkpoints.path_of(ended, 1)
+    assert (ended / "best" / "controlnet" / "config.json").is_file()
+    assert checkpoints.state(ended / "best")["trainer"]["early_stop"]["best_step"] == 1
+
+
+def copied(ended: Path, tmp_path: Path) -> Path:
+    shutil.copytree(ended, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def test_the_same_command_again_does_not_train_on_and_more_patience_does(
+    ended: Path, tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(ended, tmp_path)
+    assert train(resting(tiny_cache, tmp_path)) == 0
+    said = "has ended at step 4. early_stop: the held-out loss was no better in the last 3 looks"
+    assert said in capsys.readouterr().out
+    assert len(losses(run)) == 4
+    assert train(resting(tiny_cache, tmp_path, patience=5)) == 0
+    assert last_start(run)["ended"] == {"step": 6, "why": "early_stop"}
+    assert checkpoints.best(run) == checkpoints.path_of(run, 1)
+
+
+def test_a_kill_before_the_best_was_marked_does_no_harm(ended: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    run = copied(ended, tmp_path)
+    (run / "best").unlink()
+    assert train(resting(tiny_cache, tmp_path)) == 0
+    assert checkpoints.best(run) == checkpoints.path_of(run, 1)
+
+
+def test_a_run_that_was_stopped_ends_early_where_an_undisturbed_one_does(
+    ended: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    options = resting(tiny_cache, tmp_path)
+    assert train(dataclasses.replace(options, steps=2)) == 0
+    assert train(options) == 0
+    run = tmp_path / "run"
+    assert last_start(run)["ended"] == {"step": 4, "why": "early_stop"}
+    assert metrics(run) == metrics(ended)
+    one, other = (checkpoints.state(checkpoints.path_of(each, 4))["trainer"] for each in (run, ended))
+    assert one == other
+
+
+def test_a_run_that_learns_is_not_ended(tiny_cache: Path, tmp_path: Path) -> None:
+    options = resting(tiny_cache, tmp_path, patience=1)
+    assert train(dataclasses.replace(options, steps=4, optimizer=OptimizerOptions(learning_rate=3e-3))) == 0
+    assert last_start(tmp_path / "run")["ended"] == {"step": 4, "why": "trained"}
+    best = checkpoints.best(tmp_path / "run")
+    assert best is not None
+    assert checkpoints.step_of(best) > 1
+
+
+def test_a_run_without_looks_cannot_end_early(tiny_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"set validation.every above 0"):
+        train_options(tiny_cache, tmp_path, early_stop={"patience": 2})
+
+
+# --- options --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
