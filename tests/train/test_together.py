@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from shared.errors import EXIT_INCOMPLETE, UserError
 from tests.train.conftest import controlnet_bytes, metrics, train_options
 from train import together
 from train.config import TrainConfig
+from train.models import Base
 from train.objectives import FlowMatching, Noised
+from train.preparation import Prepared
 from train.step import Step
 from train.together import train_together
-from train.trainer import train
+from train.trainer import open_base, train
 
 HELD = {"hoist": "yes", "hoist_steps": 3, "stream": "yes"}
 
@@ -54,15 +57,17 @@ def shared(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("shared")
     noted: dict[str, dict[str, Any]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        opened = []
-        patch.setattr(together, "open_base", lambda *args: opened.append(args) or OPEN(*args))
+        opened: list[int] = []
+
+        def open_once(prepared: Sequence[Prepared], attention: str) -> Base:
+            opened.append(len(prepared))
+            return open_base(prepared, attention)
+
+        patch.setattr(together, "open_base", open_once)
         assert train_together(three(tiny_cache, runs), noted.__setitem__) == 0
-    assert len(opened) == 1
+    assert opened == [3]
     assert noted == {name: {"outcome": "trained", "step": 5} for name in "abc"}
     return runs
-
-
-OPEN = together.open_base
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
@@ -96,7 +101,7 @@ def test_they_take_turns_step_by_step_and_hold_no_gradients_between(
 def test_one_that_fails_is_dropped_and_the_others_are_what_they_would_have_been(
     alone: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss, calls = FlowMatching.loss, iter(range(1000))
+    loss = FlowMatching.loss
 
     def breaks(self: FlowMatching, prediction: torch.Tensor, noised: Noised) -> torch.Tensor:
         return loss(self, prediction, noised) * (torch.nan if self.options.logit_mean == 0.5 else 1)
@@ -107,7 +112,6 @@ def test_one_that_fails_is_dropped_and_the_others_are_what_they_would_have_been(
     too_deep = dataclasses.replace(a, name="deep", depth="3-0")
     noted: dict[str, dict[str, Any]] = {}
     assert train_together([a, b, too_deep, c], noted.__setitem__) == EXIT_INCOMPLETE
-    del calls
     assert {name: state["outcome"] for name, state in noted.items()} == {
         "a": "trained", "b": "failed", "c": "trained", "deep": "failed",
     }  # fmt: skip
