@@ -127,6 +127,41 @@ def test_the_base_is_streamed_where_nothing_else_makes_it_fit_and_only_then(sett
     assert decided(setting, MemoryOptions(stream="yes"), free_bytes=GIB).stream
 
 
+def test_the_base_is_spread_over_cards_before_it_is_streamed_and_only_where_it_must(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.memory_plan.GATHERED", 3)  # of a model with so few blocks four are nearly all
+
+    def found(free_bytes: int, memory: MemoryOptions | None = None) -> Fit:
+        return decided(setting, memory, free_bytes=free_bytes, cards=64, num_processes=64)
+
+    whole = replace(setting, cards=64, num_processes=64)
+    least = least_bytes(whole)
+    spread, streamed = least_bytes(replace(whole, shard=True)), least_bytes(replace(whole, stream=True))
+    assert streamed < spread < least
+    assert not found(least).shard
+    fit = found(spread)
+    assert (fit.shard, fit.stream) == (True, False)
+    assert fit.recompute.peak_bytes <= spread
+    assert "the base's blocks spread over 64 cards" in str(fit.words())
+    further = found(streamed)
+    assert (further.shard, further.stream) == (False, True)
+    assert found(spread, MemoryOptions(shard="no")).stream
+    assert found(GIB, MemoryOptions(shard="yes")).shard
+    hoisted = least_bytes(replace(whole, shard=True, hoist=True))
+    with pytest.raises(UserError, match=r"cheapest change that fits: --memory\.shard yes"):
+        found(hoisted, MemoryOptions(hoist="yes", shard="no", stream="no"))
+
+
+def test_one_process_has_nobody_to_share_the_base_with(setting: Setting) -> None:
+    with pytest.raises(UserError, match=r"one process on this machine.*accelerate launch"):
+        decided(setting, MemoryOptions(shard="yes"))
+    with pytest.raises(UserError, match=r"quanto's own weights cannot be cut"):
+        decided(replace(setting, base="quanto"), MemoryOptions(shard="yes"), cards=2, num_processes=2)
+    with pytest.raises(UserError, match=r"on other cards or on the host, not both"):
+        MemoryOptions(shard="yes", stream="yes").check()
+
+
 # --- a global batch -------------------------------------------------------------------------------------------------
 
 

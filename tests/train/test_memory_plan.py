@@ -12,6 +12,7 @@ from shared.errors import UserError
 from train.counting import Setting, trace
 from train.memory_plan import COMPONENTS, GIB, Counted, count, fewest_recomputed
 from train.optimizer import OptimizerOptions
+from train.sharding import GATHERED
 
 ALL = (57, 100)
 """Every block of the base; every block of any ControlNet."""
@@ -117,11 +118,31 @@ def test_accumulated_gradients_add_themselves_to_the_peak() -> None:
     assert twice.model_flops == pytest.approx(2 * once.model_flops)
 
 
-def test_several_processes_keep_their_gradients_twice() -> None:
+def test_the_gradients_of_several_processes_lie_in_their_buckets_from_the_beginning_and_nowhere_else() -> None:
     one = setting((2, 4), 512, 77, hoist=True)
     alone, together = (count(replace(one, num_processes=num)) for num in (1, 2))
     assert (together.peak_bytes - alone.peak_bytes) / GIB == pytest.approx(2.51, abs=0.01)
     assert together.components["gradients"] / GIB == pytest.approx(2.51, abs=0.01)
+    # With everything recomputed one process's peak is the optimizer's step, with all gradients: two have no more then.
+    alone, together = (count(replace(one, num_processes=num), *ALL) for num in (1, 2))
+    assert (alone.when, together.when) == ("optimizer step", "backward of the base")
+    assert (together.peak_bytes - alone.peak_bytes) / GIB == pytest.approx(0.62, abs=0.05)
+
+
+def test_what_is_accumulated_lies_beside_the_buckets_of_several_processes() -> None:
+    one = setting((2, 4), 512, 77, hoist=True, accumulation=2)
+    alone, together = (count(replace(one, num_processes=num)) for num in (1, 2))
+    assert (together.peak_bytes - alone.peak_bytes) / GIB == pytest.approx(2.51, abs=0.01)
+
+
+def test_a_base_spread_over_cards_is_a_part_of_its_blocks_and_room_to_gather_some() -> None:
+    one = setting((2, 4), 512, 77, hoist=True)
+    for whole, cards in ((one, 2), (one, 4), (replace(one, base="none"), 2)):
+        whole = replace(whole, num_processes=cards, cards=cards)
+        blocks = trace(whole).weights.base_blocks
+        saved = count(whole).peak_bytes - count(replace(whole, shard=True)).peak_bytes
+        assert saved == sum(blocks) - sum(blocks) // cards - GATHERED * max(blocks)
+    assert saved / GIB > 6
 
 
 def test_what_can_be_given_up_takes_off_what_it_should() -> None:
