@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def make_run(
     pictures: int = 2,
     side: int = 32,
     seconds: float = 0.4,
-    **changes: Any,
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """A run that comes to an edge F1 of about `quality`, and has stopped `until` a step (default: its last).
     `changes` replace options by their full names; `seconds` are those of a step."""
@@ -40,7 +40,7 @@ def make_run(
     options: dict[str, Any] = config.to_dict(TrainConfig(depth=depth, seed=seed, steps=steps, name=folder.name))
     options["optimizer"]["learning_rate"] = rate
     options["validation"]["adherence_samples"] = 16
-    for name, value in changes.items():
+    for name, value in (changes or {}).items():
         part, _, last = name.rpartition(".")
         (options[part] if part else options)[last] = value
     folder.mkdir(parents=True)

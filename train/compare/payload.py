@@ -29,7 +29,7 @@ def payload(comparison: Comparison, album: Album) -> dict[str, Any]:
         run.name for setting in comparison.settings for run in counted([comparison.runs[i] for i in setting.runs])
     }
     first, more = panels(comparison)
-    hours = {run.machine.device for run in comparison.runs}
+    devices = {run.machine.device for run in comparison.runs if run.machine.hours.steps}
     return {
         "runs": [
             {
@@ -61,7 +61,7 @@ def payload(comparison: Comparison, album: Album) -> dict[str, Any]:
         ),
         "images": [[image.src, image.width, image.height] for image in album.images],
         "t95": [round(t95(degrees), 4) for degrees in range(1, 31)],
-        "clock": "GPU hours" if hours == {"cuda"} else "CPU hours" if hours == {"cpu"} else "Device hours",
+        "clock": "GPU hours" if devices == {"cuda"} else "CPU hours" if devices == {"cpu"} else "Device hours",
     }
 
 

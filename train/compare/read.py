@@ -46,13 +46,11 @@ def find(paths: Sequence[Path]) -> list[Path]:
     `UserError` where there is no run."""
     found: dict[Path, None] = {}
     for path in paths:
-        if (path / RUN).is_file():
+        if (path / RUN).is_file() or path.name in _failed(path.parent):
             found[path] = None
         elif path.is_dir():
             inside = {child for child in path.iterdir() if (child / RUN).is_file()}
             found |= dict.fromkeys(sorted(inside | {path / name for name in _failed(path)}))
-            if path.name in _failed(path.parent):
-                found[path] = None
         elif not path.exists():
             raise UserError(f"{path} does not exist: --runs takes the folders of runs, or a sweep's")
     if not found:

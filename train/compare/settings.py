@@ -23,7 +23,7 @@ def compare(runs: Sequence[RunData], ranked_by: str | None, notes: Sequence[str]
     for run in runs:
         groups.setdefault(json.dumps(_experiment(run), sort_keys=True, default=str), []).append(run)
     members = [sorted(group, key=lambda run: (run.seed or 0, run.name)) for group in groups.values()]
-    differing = _differing([_experiment(group[0]) for group in members])
+    differing = _differing([_experiment(group[0]) for group in members if group[0].options])
     made = []
     for group in members:
         differs = {key: _experiment(group[0]).get(key) for key in differing}
@@ -54,7 +54,7 @@ def _experiment(run: RunData) -> dict[str, Any]:
         if key == "steps" or not (key in ("seed", *_NAMES) or _may_change(key))
     }
     if not run.options:
-        kept["name"] = run.name  # nothing is known of it: it stands for itself
+        return {"name": run.name}  # nothing is known of it: it stands for itself
     return kept | {key: value for key, value in run.facts.items()} | {"global_batch": run.global_batch}
 
 
@@ -70,14 +70,14 @@ def _differing(all_options: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _label(differs: Mapping[str, Any], group: Sequence[RunData]) -> str:
     """What tells a setting from the others, in words: "depth 2-4, learning rate 1e-05"."""
-    if not differs:
+    if not differs or not group[0].options:
         return group[0].name if len(group) == 1 else f"depth {group[0].depth}"
     lasts = [key.rpartition(".")[2] for key in differs]
     words = []
     for key, value in differs.items():
         last = key.rpartition(".")[2]
         name = (last if lasts.count(last) == 1 else key).replace("_", " ")
-        words.append(str(value) if key == "name" else f"{name} {told(value)}")
+        words.append(f"{name} {told(value)}")
     return ", ".join(words)
 
 

@@ -115,9 +115,11 @@ def _converged(run: RunData, ranked_by: str | None) -> tuple[float | None, str]:
     return _number(step, lambda value: f"{value:,}")
 
 
-def _depth_key(depth: str | None) -> float:
+def _depth_key(depth: str | None) -> float | None:
     """Depths by their number of blocks."""
-    parts = [int(part) for part in (depth or "").split("-") if part.isdigit()]
+    if depth is None:
+        return None
+    parts = [int(part) for part in depth.split("-") if part.isdigit()]
     return float(sum(parts)) + 0.001 * (parts[0] if parts else 0)
 
 
