@@ -195,6 +195,17 @@ def undamaged(folder: Path, step: int | None = None) -> Path:
     return path
 
 
+def weights_of(path: Path, which: str) -> Path:
+    """The folder of the weights in the checkpoint at `path`: "trained", as the step left them, or "ema", their average.
+    Raises `UserError` where no average was kept."""
+    folder = path / (EMA if which == "ema" else CONTROLNET)
+    if not folder.is_dir():
+        raise UserError(
+            f"{path} has no average of the weights: leave --weights ema out, or train with --ema.profile power"
+        )
+    return folder
+
+
 def all_newest_first(folder: Path) -> list[Path]:
     """Every checkpoint of a run, damaged ones too."""
     return sorted((folder / "checkpoints").glob("step-" + 8 * "[0-9]"), reverse=True)

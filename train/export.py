@@ -1,6 +1,6 @@
 """Hand a run's ControlNet over: `python -m train.export --run runs/first` writes a folder that others can use.
 
-RUN/export/step-00000400/
+RUN/export/step-00000400/          (of the average of the weights: step-00000400-ema)
   config.json, diffusion_pytorch_model.safetensors   `from_pretrained` of diffusers reads the folder
   NAME.safetensors                                   the same weights under a name of their own, for ComfyUI
   README.md                                          the model card (train/model_card.py)
@@ -52,8 +52,12 @@ class ExportConfig:
     """The run's folder, for example runs/first."""
     step: int | None = None
     """Which checkpoint. Default: the newest undamaged one."""
+    weights: Literal["trained", "ema"] = "trained"
+    """trained: as the step left them. ema: their average over training, where the run kept one (ema.profile); it is
+    in float32, so add --precision bf16 for files of the usual size."""
     out: str | None = None
-    """The folder to write, which must not be there yet. Default: RUN/export/step-<step>."""
+    """The folder to write, which must not be there yet. Default: RUN/export/step-<step>, and -ema after it for the
+    average."""
     name: str | None = None
     """What the model is called, in its card and as a single file. Default: the run's name."""
     precision: Literal["trained", "bf16", "fp32"] = "trained"
@@ -77,9 +81,11 @@ class ExportConfig:
             raise UserError(f"pictures must be 0 or more, not {self.pictures}")
 
 
-def folder_of(run: str, step: int, out: str | None) -> Path:
+def folder_of(run: str, step: int, out: str | None, weights: str = "trained") -> Path:
     """Where the export of a step goes."""
-    return Path(out) if out is not None else Path(run) / "export" / checkpoints.path_of(Path(run), step).name
+    if out is not None:
+        return Path(out)
+    return Path(run) / "export" / (checkpoints.path_of(Path(run), step).name + ("-ema" if weights == "ema" else ""))
 
 
 def export(options: ExportConfig) -> Path:
@@ -91,17 +97,18 @@ def export(options: ExportConfig) -> Path:
     facts, trained = read_run(run)
     checkpoint = checkpoints.undamaged(run, options.step)
     step = checkpoints.step_of(checkpoint)
-    out = folder_of(options.run, step, options.out)
+    source = checkpoints.weights_of(checkpoint, options.weights)
+    out = folder_of(options.run, step, options.out, options.weights)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is already there; remove it, or choose another folder (--out)")
     family = families.get(facts["family"])
     name = options.name or (run.name if re.fullmatch(r"\w[\w.+-]*", run.name) else "controlnet")
-    settings = json.loads((checkpoint / checkpoints.CONTROLNET / CONFIG).read_text())
+    settings = json.loads((source / CONFIG).read_text())
     settings.pop("_name_or_path", None)  # a folder of this machine
     atomic.make_directory(out.parent)
     with atomic.writing_directory(out) as part:
         atomic.write_json(part / CONFIG, settings)
-        _write_weights(checkpoint / checkpoints.CONTROLNET / WEIGHTS, part / WEIGHTS, options.precision)
+        _write_weights(source / WEIGHTS, part / WEIGHTS, options.precision)
         single = _write_single(family, part, f"{name}.safetensors", out)
         pictures = _copy_pictures(run, part, step, options.pictures)
         card = _card(options, family, facts, trained, settings, part / WEIGHTS, run, name, step, pictures, single)
@@ -216,7 +223,15 @@ def _card(
         versions={key: text for key, text in facts["starts"][-1]["versions"].items() if key in ("torch", "diffusers")},
         pictures=pictures,
         single_file=single,
+        averaged=options.weights == "ema",
+        looked_at_average=_looked_at_average(trained),
     )
+
+
+def _looked_at_average(trained: Mapping[str, Any]) -> bool:
+    """Whether the run's figures and pictures are those of the average of its weights."""
+    average = trained.get("ema", {})  # a run from before there was one
+    return average.get("profile", "off") != "off" and bool(average["evaluate"])
 
 
 def main() -> int:

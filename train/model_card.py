@@ -72,6 +72,10 @@ class Card:
     """Paths below the card."""
     single_file: str | None
     """The file for programs that take one file; None where they cannot read this ControlNet."""
+    averaged: bool = False
+    """Whether the weights are their average over training."""
+    looked_at_average: bool = False
+    """Whether figures and pictures are that average's."""
 
 
 def model_card(card: Card) -> str:
@@ -151,6 +155,7 @@ def _files(card: Card) -> str:
 def _table(card: Card) -> str:
     sizes = ", ".join(f"{width} x {height}" for width, height in card.sizes)
     rows = [("Steps", f"{card.step:,}"), ("Sizes (width x height, pixels)", sizes)]
+    rows += [("Weights", "their average over training (EMA)")] if card.averaged else []
     rows += [("T5 tokens", str(card.text_length)), ("Guidance while training", f"{card.guidance:g}")]
     rows += [(title, str(card.options[name])) for title, name in _OPTIONS if name in card.options]
     return "\n".join(["| | |", "|---|---|", *(f"| {title} | {text} |" for title, text in rows)])
@@ -160,7 +165,11 @@ def _figures(card: Card) -> str:
     known = [(text, card.held_out[name]) for name, text in _FIGURES if name in card.held_out]
     if not known:
         return "No samples were held out, so there are no figures about pictures that it has not seen."
-    lines = [f"On samples that were held out, at step {card.held_out['step']:g}:", ""]
+    whose = ""
+    if card.averaged != card.looked_at_average:
+        whose = ", of the weights' average over training" if card.looked_at_average else ", of the weights themselves"
+        whose += ", which is not what is here" if card.looked_at_average else ", not of their average"
+    lines = [f"On samples that were held out, at step {card.held_out['step']:g}{whose}:", ""]
     return "\n".join([*lines, "| | |", "|---|---|", *(f"| {text} | {figure:.4f} |" for text, figure in known)])
 
 

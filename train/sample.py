@@ -54,6 +54,8 @@ class SampleConfig:
     """Paint each also without control, from the same noise, for the grid. False takes half the time."""
     invert: bool = False
     """Turn drawings of black on white around."""
+    weights: Literal["trained", "ema"] = "trained"
+    """trained: as the last step left them. ema: their average over training, where the run kept one (ema.profile)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on the CPU."""
     device: Literal["auto", "cpu"] = "auto"
@@ -178,8 +180,10 @@ def sample(options: SampleConfig) -> int:
     from shared.model_folder import resolve
     from shared.pictures import grid
     from shared.report import quiet_libraries, say, warn
+    from train import checkpoints
 
     quiet_libraries()
+    controlnet = checkpoints.weights_of((folder / "controlnet").resolve().parent, options.weights)
     sizes = [(width, height) for width, height in facts["sizes"]]
     placed = [np.asarray(fit(drawing, sizes)) for drawing in drawings]
     for pair, drawing in zip(pairs, placed, strict=True):
@@ -190,7 +194,7 @@ def sample(options: SampleConfig) -> int:
     family = families.get(facts["family"])
     components = {family.base_component, "scheduler", *(part for kind in family.layers for part in kind.components)}
     model = resolve(facts["model"]["name"], sorted(components), facts["model"]["revision"])
-    paint = family.open_painter(model, folder / "controlnet", device, torch.float32 if precise else torch.bfloat16)
+    paint = family.open_painter(model, controlnet, device, torch.float32 if precise else torch.bfloat16)
 
     def painted(pair: Pair, drawing: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
         return paint(

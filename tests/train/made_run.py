@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,20 @@ from shared import atomic, config, families
 from shared.model_folder import ModelFolder
 from train import checkpoints
 from train.config import TrainConfig
+from train.ema import Ema, EmaOptions
 
 
 def make_run(
-    folder: Path, model: Path, steps: tuple[int, ...] = (2, 4), depth: tuple[int, int] = (1, 1), **facts: Any
+    folder: Path,
+    model: Path,
+    steps: tuple[int, ...] = (2, 4),
+    depth: tuple[int, int] = (1, 1),
+    *,
+    averaged: bool = False,
+    **facts: Any,
 ) -> Path:
     """A run on the tiny base at `model` with a checkpoint, a look at held-out samples and a picture at each step.
-    `facts` replace what run.json says."""
+    `averaged`: with an average of the weights, half of each. `facts` replace what run.json says."""
     base = ModelFolder(str(model), None, model)
     folder.mkdir(parents=True)
     stated = {
@@ -39,7 +47,11 @@ def make_run(
         with torch.no_grad():
             for parameter in controlnet.parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-        checkpoints.save(folder, step, controlnet.save_pretrained, {}, {}, keep=0)  # type: ignore[arg-type]
+        average = Ema(EmaOptions(profile="power"), dict(controlnet.named_parameters()))
+        for tensor in average.average.values():
+            tensor.mul_(0.5)  # so that it is not the weights
+        beside = {"ema": partial(average.save, module=controlnet)} if averaged else {}
+        checkpoints.save(folder, step, controlnet.save_pretrained, {}, {}, keep=0, beside=beside)  # type: ignore[arg-type]
         lines.append(f'{{"step": {step}, "held_out": {{"loss": 0.{step}5, "condition_gap": 0.0{step}1}}}}\n')
         Image.fromarray(np.full((8, 8, 3), step, np.uint8)).save(folder / "pictures" / f"step-{step:08d}.png")
     (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 5, "held')  # a kill cut the last line off

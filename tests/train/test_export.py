@@ -55,6 +55,20 @@ def test_the_export_is_the_checkpoint_to_the_bit_and_appears_whole(run: Path, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]  # nothing half done beside them
 
 
+def test_the_average_of_the_weights_is_exported_where_one_was_kept(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    averaged = make_run(tmp_path / "averaged", tiny_model, steps=(4,), averaged=True)
+    plain, average = (export(ExportConfig(run=str(averaged), weights=weights)) for weights in ("trained", "ema"))
+    assert (plain.name, average.name) == ("step-00000004", "step-00000004-ema")
+    ours, theirs = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (average, plain))
+    assert {*ours} == {*theirs}
+    assert all(torch.equal(ours[name], 0.5 * theirs[name]) for name in ours)
+    cards = [(path / "README.md").read_text() for path in (plain, average)]
+    assert ["| Weights | their average over training (EMA) |" in card for card in cards] == [False, True]
+    assert ["at step 4, of the weights themselves, not of their average:" in card for card in cards] == [False, True]
+    with pytest.raises(UserError, match=r"has no average of the weights: leave --weights ema out"):
+        export(ExportConfig(run=str(run), weights="ema"))
+
+
 def test_the_code_of_the_card_paints_with_the_exported_folder_in_a_fresh_process(
     run: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from shared import families
 from shared.errors import UserError
+from tests.train.made_run import make_run
+from train import checkpoints
 from train.checkpoints import CheckpointOptions
 from train.config import TrainConfig
 from train.sample import SampleConfig, fit, read_drawing, read_pairs, read_run, sample
@@ -50,6 +54,28 @@ def test_a_drawing_and_a_prompt_become_a_picture_and_a_grid(run: Path, tmp_path:
         assert sheet.size[0] > 3 * 64
     assert sample(options) == 0
     assert np.array_equal(first, np.asarray(Image.open(run / "samples" / "drawing-3.png")))  # same seed, same picture
+
+
+def test_the_average_of_the_weights_paints_where_it_is_asked_for(
+    run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averaged = make_run(tmp_path / "averaged", tiny_model, steps=(4,), averaged=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "drawing.png")
+    opened: list[Path] = []
+
+    def open_painter(self: object, model: object, controlnet: Path, *rest: object) -> None:
+        opened.append(controlnet)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(type(families.get("flux")), "open_painter", open_painter)
+    given: dict[str, Any] = {"image": (str(tmp_path / "drawing.png"),), "prompt": ("a box",), "device": "cpu"}
+    for weights in ("trained", "ema"):
+        with pytest.raises(UserError, match="far enough"):
+            sample(SampleConfig(run=str(averaged), weights=weights, **given))
+    checkpoint = checkpoints.path_of(averaged, 4)
+    assert opened == [checkpoint / "controlnet", checkpoint / "ema"]
+    with pytest.raises(UserError, match=r"has no average of the weights: leave --weights ema out"):
+        sample(SampleConfig(run=str(run), weights="ema", **given))
 
 
 def test_many_pairs_become_a_picture_each_and_one_grid_and_a_line_s_seed_counts(run: Path, tmp_path: Path) -> None:
