@@ -5,24 +5,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from shared.errors import run_command_line
+from shared.config import to_yaml
+from shared.errors import UserError, run_command_line
 from tests.train.conftest import controlnet_tensors, losses, metrics, samples_of, train_options
 from train import checkpoints
 from train.config import TrainConfig
 from train.loader import Loader, LoaderOptions
+from train.processes import accelerator, refuse_unseen
 from train.step import Step
 from train.trainer import Trainer, train
 
@@ -235,3 +240,82 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both_and_both_name_the_s
     for rank in (0, 1):
         said = (tmp_path / "ranks" / f"stderr-{rank}").read_text()
         assert f"is not finite of sample(s) {poisoned}; the optimizer did not step" in said
+
+
+def test_machines_that_were_started_differently_are_refused_by_one_in_one_sentence(
+    processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
+) -> None:
+    """And not found out when one of them has taken all its steps and the other waits."""
+    options = train_options(tiny_cache, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(tiny_cache, elsewhere)  # where the cache is may differ
+    other = replace(options, steps=7, cache=str(elsewhere))
+    world = World(tmp_path / "ranks", last=other)
+    assert exit_codes(started(processes, options, world), world) == [2, 2]
+    said = [(tmp_path / "ranks" / f"stderr-{rank}").read_text() for rank in (0, 1)]
+    assert said[0].count("\n") == 1
+    assert "process 1 on" in said[0]
+    assert "(steps is 7, not 6): run the same command on every machine" in said[0]
+    assert said[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_a_process_does_not_see_is_refused(tmp_path: Path) -> None:
+    alone = Accelerator(cpu=True)
+    refuse_unseen(alone, None)
+    refuse_unseen(alone, tmp_path)
+    with pytest.raises(UserError, match=r"does not see .*step-7, .* keep RUNS on a disk that all machines share"):
+        refuse_unseen(alone, tmp_path / "step-7")
+
+
+def test_what_accelerate_was_set_up_for_is_refused_where_it_is_not_ours(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sharding(Accelerator):
+        distributed_type = DistributedType.FSDP
+
+    monkeypatch.setattr("train.processes.Accelerator", Sharding)
+    with pytest.raises(UserError, match=r"set up for FSDP, .*examples/launch/one_machine\.yaml"):
+        accelerator(train_options(tiny_cache, tmp_path))
+
+
+def launch(machine: int, port: int, recipe: Path, folder: Path) -> None:
+    """What a user types on a machine."""
+    from accelerate.commands.launch import main
+
+    os.chdir(Path(__file__).parents[2])
+    sys.stdout = sys.stderr = (folder / f"launch-{machine}").open("w", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    sys.argv = [
+        "accelerate launch", "--config_file", "examples/launch/two_machines.yaml", "--main_process_ip", "127.0.0.1",
+        "--main_process_port", str(port), "--machine_rank", str(machine), "--num_processes", "2",
+        "-m", "train", "--recipe", str(recipe),
+    ]  # fmt: skip
+    main()
+
+
+def test_the_worked_example_of_two_machines_trains_on_two(
+    processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
+) -> None:
+    def options(name: str, accumulation: int) -> TrainConfig:
+        return train_options(
+            tiny_cache, tmp_path, name=name, steps=2, loader={"batch_size": 2, "accumulation": accumulation}
+        )
+
+    assert train(options("one", 2)) == 0
+    recipe, port = tmp_path / "recipe.yaml", free_port()
+    recipe.write_text(to_yaml(options("two", 1)))
+    both = [processes.Process(target=launch, args=(machine, port, recipe, tmp_path)) for machine in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    for machine in (0, 1):
+        print((tmp_path / f"launch-{machine}").read_text())
+    assert [process.exitcode for process in both] == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["starts"][-1]["num_processes"] == 2
