@@ -132,7 +132,7 @@ def check_adherence(options: CheckConfig) -> int:
         stage(
             "train", TRAIN_RECIPE, "--cache", cache, "--runs", runs, "--name", name, "--condition", condition,
             "--depth", options.depth, "--steps", options.steps, "--seed", options.seed,
-            "--controlnet.embedder", options.embedder,
+            "--controlnet.embedder", options.embedder, "--validation.adherence-detector", "canny",
         )  # fmt: skip
 
     say(f"painting {options.test} drawings that nothing has seen")
