@@ -16,15 +16,18 @@ import pytest
 
 from shared.errors import UserError
 from tests.shared.test_inspect import Browser, in_browser
+from tests.train.conftest import train_options
 from tests.train.made_sweep import make_run
 from train.compare import settings, words, write
 from train.compare.data import Comparison, Figure, figures
 from train.compare.gather import gather, named
+from train.compare.measures import BY_NAME
 from train.compare.page import page
-from train.compare.payload import panels, payload
+from train.compare.payload import FIRST, panels, payload
 from train.compare.pictures import Album, album
 from train.compare.read import find
 from train.compare.statistics import mean_interval, t95, thin
+from train.trainer import train
 
 NOW = datetime(2030, 1, 2, 3, 4)
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>{{script}}<!--"
@@ -99,6 +102,15 @@ def test_settings_are_ranked_by_adherence_and_seeds_give_the_interval(compared: 
     assert (second.over, second.count, second.step) == ("samples", 16, 100)
     assert second.high is not None
     assert second.high - second.value == pytest.approx(t95(15) * 0.012)  # the standard error that the look stated
+
+
+@pytest.mark.parametrize(("value", "followed"), [(0.18, False), (0.4, True)])
+def test_what_is_no_better_than_chance_is_not_praised(tmp_path: Path, value: float, followed: bool) -> None:
+    run = make_run(tmp_path / "only", pictures=0)
+    scores = {"edge_f1": value, "edge_f1_error": 0.02, "edge_f1_without": 0.17, "edge_f1_other": 0.1}
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 9, "adherence": scores}) + "\n")
+    html = write([tmp_path], tmp_path / "page.html").read_text()
+    assert ("No setting follows its drawing yet" in html) != followed
 
 
 def test_a_lower_loss_ranks_first_where_there_is_nothing_else(tmp_path: Path) -> None:
@@ -180,6 +192,25 @@ def test_a_changed_picture_is_a_changed_figure(sweep: Path, compared: Comparison
         sweep / "depth-2-4_seed-0/pictures/step-00000025/00.png", again / "depth-2-4_seed-0/pictures/step-00000050"
     )
     assert figures(gather([again])) != figures(compared)
+
+
+def test_what_training_writes_is_what_the_page_reads(tiny_cache: Path, tmp_path: Path) -> None:
+    looks = {"every": 1, "samples": 2, "timesteps": 2, "pictures_every": 2, "pictures": 2, "picture_steps": 1}
+    train(train_options(tiny_cache, tmp_path, steps=2, validation={**looks, "adherence_every": 2}))
+    compared = gather([tmp_path])
+    (run,) = compared.runs
+    assert (run.state, run.step, run.global_batch, compared.notes) == ("trained", 2, 2, [])
+    assert compared.ranked_by in ("adherence/region_iou", "adherence/edge_f1")
+    assert {*panels(compared)[0]} == {BY_NAME[name] for name in (compared.ranked_by, *FIRST)}
+    assert run.samples_seen.values[-1] == 4
+    assert run.machine.hours.values[-1] > 0
+    assert [t for t, _, _ in run.by_time] == [0.25, 0.75]
+    assert {f"{compared.ranked_by}_{kind}" for kind in ("without", "other", "ceiling")} <= run.references.keys()
+    assert len(run.pictures) == len(run.captions) == 2
+    made = album(compared, {run.name: tmp_path / run.name})
+    assert [still.keys() for still in made.stills.values()] == [{"drawing", "original", "without"}] * 2
+    assert run.num_parameters
+    assert None not in (run.machine.look_share, run.machine.data_wait_share, run.machine.step_seconds)
 
 
 # --- what runs may lack ---

@@ -9,8 +9,8 @@ from importlib import resources
 
 from shared.page import assemble, base_style, script_json
 from train.compare import words
-from train.compare.data import Comparison
-from train.compare.measures import BY_NAME
+from train.compare.data import Comparison, Figure
+from train.compare.measures import BY_NAME, Measure
 from train.compare.payload import payload
 from train.compare.pictures import Album
 from train.compare.ranking import ranking
@@ -90,6 +90,8 @@ def _answer(comparison: Comparison) -> str:
     verb = "follows the drawings best" if measure.name != "held_out/loss" else "has the lowest held-out loss"
     over = f" over {figure.count} seeds" if figure.over == "seeds" else ""
     said = f"{e(measure.title)} {value}{f' {half}' if half else ''}{over}"
+    if beaten := _not_followed(comparison, measure, figure):
+        return f"No setting follows its drawing yet. The best, <b>{e(best.label)}</b>, has {said}: {beaten}."
     if len(comparison.settings) == 1:
         return f"<b>{e(best.label)}</b> has {said}."
     text = f"<b>{e(best.label)}</b> {verb}: {said}."
@@ -107,6 +109,20 @@ def _answer(comparison: Comparison) -> str:
         return f"{text} Over the seeds that both have it is {ahead} {within} {before}, {judged}."
     judged = "the choice of held-out samples explains that, too" if chance else "more than other samples would change"
     return f"{text} It is {ahead} {within} {before}, {judged}; what another seed would change is not known."
+
+
+def _not_followed(comparison: Comparison, measure: Measure, figure: Figure) -> str | None:
+    """Why the best figure does not say that the drawing is followed; None where it does, or does not speak of it."""
+    low = figure.value if figure.low is None else figure.low
+    if measure.name == "held_out/condition_gap" and low <= 0:
+        return "another\u2019s drawing would do as well"
+    for ending, text in measure.references:
+        found = [
+            run.references[name] for run in comparison.runs if (name := f"{measure.name}{ending}") in run.references
+        ]
+        if ending != "_ceiling" and found and low <= (chance := sum(found) / len(found)):
+            return f"{text} it is {words.number(chance)}, no less than chance allows"
+    return None
 
 
 def _curves_lead(comparison: Comparison) -> str:

@@ -11,14 +11,15 @@ from train.compare.ranking import looks
 from train.compare.settings import counted
 from train.compare.statistics import t95
 
-_FIRST = ("held_out/condition_gap", "held_out/control_gap", "held_out/loss", "loss")
+FIRST = ("held_out/condition_gap", "held_out/control_gap", "held_out/loss", "loss")
+"""Curves that are always shown at once."""
 
 
 def panels(comparison: Comparison) -> tuple[list[Measure], list[Measure]]:
     """The curves that are shown at once, and those behind "more": what some run has."""
     there = [measure for measure in MEASURES if any(measure.name in run.series for run in comparison.runs)]
     ranked = comparison.ranked_by if (comparison.ranked_by or "").startswith("adherence/") else None
-    first = [BY_NAME[name] for name in (ranked, *_FIRST) if name is not None and BY_NAME[name] in there]
+    first = [BY_NAME[name] for name in (ranked, *FIRST) if name is not None and BY_NAME[name] in there]
     return first, [measure for measure in there if measure not in first]
 
 
