@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from preprocess import engine
 from preprocess.config import EncodeOptions, PreprocessConfig
 from preprocess.engine import Engine, EngineOptions, open_workers
+from preprocess.engines import processes
 from preprocess.layers import Layers
 from preprocess.pipeline import preprocess
 from preprocess.plan import unit_order
@@ -24,6 +26,7 @@ from shared.cache.reader import Cache
 from shared.cache.storage import LocalStorage
 from shared.errors import EXIT_INTERRUPTED, UserError
 from shared.model_folder import ModelFolder
+from tests import forked
 from tests.conftest import preprocess_options, write_data
 from tests.preprocess.runs import contents
 from tests.preprocess.test_kill import Children
@@ -49,6 +52,15 @@ def reference(options: PreprocessConfig) -> dict[str, bytes]:
     return contents(Path(options.cache))
 
 
+@pytest.fixture
+def _with_imports_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers that this process starts are forked where they have imported already. Those that other processes
+    start, in two of the tests, begin from nothing as they do elsewhere."""
+    context = forked.context()
+    monkeypatch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+
+
+@pytest.mark.usefixtures("_with_imports_done")
 def test_two_processes_of_which_one_is_killed_in_the_middle_make_the_same_bytes(
     options: PreprocessConfig, reference: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +127,7 @@ class Deadly:
         return self
 
 
+@pytest.mark.usefixtures("_with_imports_done")
 def test_a_unit_that_kills_every_process_that_it_is_given_to_is_named_and_the_others_are_made(
     options: PreprocessConfig,
     reference: dict[str, bytes],
@@ -122,7 +135,7 @@ def test_a_unit_that_kills_every_process_that_it_is_given_to_is_named_and_the_ot
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine, "MOST_DEATHS", 2)  # processes start slowly
+    monkeypatch.setattr(engine, "MOST_DEATHS", 2)
     setup = Setup(options, ModelFolder(str(tiny_model), None, tiny_model), LocalStorage(tmp_path), 1)
     canny = Layers(options, setup.model)["canny"]
     samples = sorted(Cache(Path(options.cache)).samples.values(), key=unit_order)
