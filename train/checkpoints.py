@@ -63,11 +63,14 @@ def save(
     state: dict[str, Any],
     keep: int,
     beside: Mapping[str, SaveWeights] | None = None,
+    *,
+    best: bool = False,
 ) -> Path:
     """Write the checkpoint of `step` into the run's `folder`, link `controlnet` to it, drop all but the last `keep`.
 
-    `beside`: further folders of weights, by name. What comes back from the disk other than it was meant is written once
-    more. Raises `UserError` where the disk is full, or was wrong twice; the checkpoints before are untouched.
+    `beside`: further folders of weights, by name. `best`: mark it as the best, so that it stays. What comes back from
+    the disk other than it was meant is written once more. Raises `UserError` where the disk is full, or was wrong
+    twice; the checkpoints before are untouched.
     """
     path = path_of(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +90,8 @@ def save(
                     "checkpoints before are as they were, and the same command goes on from them"
                 ) from error
             warn(f"checkpoint {path}: {error}; it is written once more")
+    if best:
+        mark_best(folder, path)
     settle(folder, path, keep)
     return path
 
@@ -120,10 +125,11 @@ def settle(folder: Path, path: Path, keep: int) -> None:
     linked to it, with the last `keep` checkpoints and the best one, and nothing half."""
     _clear(folder)
     link(folder, path)
+    stays = best(folder)
     if keep:
         at_most = [old for old in all_newest_first(folder) if old <= path]  # a newer one is damaged: the next save's
         for old in at_most[keep:]:
-            if old != best(folder):
+            if old != stays:
                 _remove(old)
 
 

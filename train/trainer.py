@@ -292,9 +292,7 @@ class Trainer:
             average = None if self.ema is None else partial(self.ema.save, module=self.adapter.controlnet)
             beside = {} if average is None else {checkpoints.EMA: average}
             keep = self.options.checkpoint.keep
-            checkpoints.save(self.run.folder, step, self.adapter.save, tensors, state, keep, beside)
-            if best:
-                self.early_stop.mark(self.run.folder)
+            checkpoints.save(self.run.folder, step, self.adapter.save, tensors, state, keep, beside, best=best)
         self.accelerator.wait_for_everyone()
 
     def _anyone(self, asked: bool) -> bool:

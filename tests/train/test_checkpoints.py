@@ -74,9 +74,9 @@ def test_the_newest_are_kept_as_many_as_asked(keep: int, left: list[int], tmp_pa
 def test_the_best_stays_however_many_newer_ones_there_are(tmp_path: Path) -> None:
     assert checkpoints.best(tmp_path) is None
     for step in (1, 2, 3, 4, 5):
-        path = save(tmp_path, step, keep=2)
-        if step in (1, 3):
-            checkpoints.mark_best(tmp_path, path)
+        checkpoints.save(tmp_path, step, save_weights, TENSORS, {}, keep=2, best=step in (1, 3))
+        kept = {1: (1,), 2: (1, 2), 3: (2, 3), 4: (3, 4), 5: (3, 4, 5)}[step]  # the best before is the best no more
+        assert names(tmp_path) == [f"step-{each:08d}" for each in kept]
     assert names(tmp_path) == ["step-00000003", "step-00000004", "step-00000005"]
     assert checkpoints.best(tmp_path) == checkpoints.path_of(tmp_path, 3)
     assert os.readlink(tmp_path / "best") == "checkpoints/step-00000003"
