@@ -98,11 +98,11 @@ class Figures:
         return max(self.peak_ratio, self.second_peak_ratio) < PEAK_LIMIT and self.second_reads < 1.01 and self.identical
 
 
-def write_model(folder: Path, size: Size) -> int:
-    """A transformer folder with random weights in bf16; its bytes come back."""
+def write_model(folder: Path, size: Size, **facts: int) -> int:
+    """A transformer folder with random weights in bf16; its bytes come back. `facts` replace what its config says."""
     place = folder / FAMILY.base_component
     place.mkdir(parents=True)
-    config = {**FLUX_1_DEV, **vars(size)}
+    config = {**FLUX_1_DEV, **vars(size), **facts}
     (place / "config.json").write_text(json.dumps(config))
     shards: list[dict[str, torch.Tensor]] = [{}]
     names: dict[str, int] = {}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 import torch
 
 from shared.errors import EXIT_INCOMPLETE, UserError
-from tests.train.conftest import controlnet_bytes, metrics, train_options
+from tests.train.conftest import controlnet_bytes, flux, metrics, train_options
 from train import together
+from train.budget import GIB
 from train.config import TrainConfig
+from train.memory_plan import least_bytes, resting_bytes
 from train.models import Base
 from train.objectives import FlowMatching, Noised
-from train.preparation import Prepared
+from train.preparation import Prepared, begin, setting_of
 from train.step import Step
 from train.together import train_together
 from train.trainer import open_base, train
@@ -148,3 +151,39 @@ def test_runs_with_different_bases_are_refused(
     runs = [train_options(tiny_cache, tmp_path, name="a"), train_options(tiny_cache, tmp_path, name="b", **changes)]
     with pytest.raises(UserError, match=f"a and b cannot share a base: {words}"):
         train_together(runs)
+
+
+def test_what_does_not_fit_beside_the_others_follows_when_they_are_done(
+    alone: Path, tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = three(tiny_cache, tmp_path)
+    with ExitStack() as stack:
+        begun = [begin(dataclasses.replace(run, name=f"{run.name}-counted"), stack) for run in runs]
+        settings = [
+            dataclasses.replace(
+                setting_of(each.options, torch.device("cpu"), flux(), each.ground.model, each.ground.samples, None),
+                batch_size=each.options.loader.batch_size, accumulation=each.options.loader.accumulation,
+                hoist=True, stream=True,
+            )
+            for each in begun if each is not None
+        ]  # fmt: skip
+    resting, least = [resting_bytes(each) for each in settings], [least_bytes(each) for each in settings]
+    both = max(least[0] + resting[1], least[1] + resting[0])
+    budget = both + min(resting) // 2
+    assert budget < min(least[i] + sum(resting) - resting[i] for i in range(3)), "three would fit"
+    assert budget >= least[2]
+    held = [
+        dataclasses.replace(
+            run, memory=dataclasses.replace(run.memory, budget=f"{budget / GIB:.12f}GiB", recompute="auto")
+        )
+        for run in runs
+    ]
+    assert train_together(held) == 0
+    said = capsys.readouterr().out
+    assert "side by side, 1 of 2: a, b" in said
+    assert "side by side, 2 of 2: c" in said
+    for name in "abc":
+        assert metrics(tmp_path / name) == metrics(alone / name)
+        memory = json.loads((tmp_path / name / "run.json").read_text())["starts"][-1]["memory"]
+        beside = {"a": resting[1], "b": resting[0], "c": 0}[name]
+        assert memory["budget_gib"] == pytest.approx((budget - beside) / GIB, abs=1e-3)
