@@ -161,3 +161,13 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     """Every option (full name) whose value differs between two plain configurations, with both values."""
     old, new = dict(_flatten(before)), dict(_flatten(after))
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+
+
+def completed(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain configuration with the default of every option that it does not name: one recorded before the option
+    existed. Of a part that is something else than options, what was recorded stays."""
+    filled = {**defaults, **recorded}
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(found := recorded.get(key), Mapping):
+            filled[key] = completed(found, default)
+    return filled

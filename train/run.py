@@ -48,10 +48,11 @@ class Run:
         if not (self.folder / RUN).is_file():
             return None
         try:
-            before = yaml.safe_load((self.folder / CONFIG).read_text())
+            recorded = yaml.safe_load((self.folder / CONFIG).read_text())
+            before = config.completed(recorded, config.to_dict(type(options)()))
             stated = json.loads((self.folder / RUN).read_text())
             changed = changed_experiment(config.differences(before, config.to_dict(options)))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
             raise UserError(
                 f"{self.folder} is damaged, {CONFIG} or {RUN} cannot be read ({error}); choose another NAME"
             ) from error

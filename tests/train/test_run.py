@@ -60,6 +60,19 @@ def test_another_experiment_is_refused_naming_every_changed_option_and_nothing_i
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
+def test_a_run_from_before_an_option_existed_is_the_same_experiment_while_the_option_has_its_default(
+    tmp_path: Path,
+) -> None:
+    run = begun(tmp_path)
+    recorded = yaml.safe_load((run.folder / "config.yaml").read_text())
+    del recorded["optimizer"]["survival_every"], recorded["optimizer"]["beta2"], recorded["objective"]
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    assert run.refuse_other(TrainConfig(), FACTS) == config.to_dict(TrainConfig())
+    optimizer = dataclasses.replace(TrainConfig().optimizer, beta2=0.9)
+    with pytest.raises(UserError, match=r"holds another experiment \(optimizer.beta2 was 0.999, is 0.9\)"):
+        run.refuse_other(dataclasses.replace(TrainConfig(), optimizer=optimizer), FACTS)
+
+
 @pytest.mark.parametrize(
     ("facts", "named"),
     [
