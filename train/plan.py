@@ -44,6 +44,9 @@ class PlanConfig(TrainConfig):
     deepest that fits."""
     gpu: Literal["a100", "h200", "4090"] = "a100"
     """The card: A100 of 40 GB, H200, RTX 4090. Its memory is planned with unless memory.budget says otherwise."""
+    cards: int = 1
+    """GPUs of one machine that train together, each with a process; the base may be spread over them (memory.shard).
+    What their gradients and gathered blocks take on the way is not in the predicted time."""
     resolution: int | None = None
     """Pixels of a side of the squares that are planned for. Default: the largest shape in the cache, or 512."""
     text_length: int | None = None
@@ -54,7 +57,7 @@ class PlanConfig(TrainConfig):
     def check(self) -> None:
         """Refuse impossible values."""
         super(PlanConfig, self if self.depth != ALL else replace(self, depth=TrainConfig.depth)).check()
-        for name in ("resolution", "text_length", "samples"):
+        for name in ("cards", "resolution", "text_length", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be 1 or more, not {value}")
@@ -90,7 +93,7 @@ class Plan:
     @property
     def samples_per_second(self) -> float:
         setting = self.counted.setting
-        return setting.batch_size * setting.accumulation / self.prediction.seconds
+        return setting.num_processes * setting.batch_size * setting.accumulation / self.prediction.seconds
 
 
 def subject_of(options: PlanConfig) -> Subject:
@@ -159,10 +162,13 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
     gpu, memory, loader = GPUS[options.gpu], options.memory, options.loader
     budget = parse_budget(gpu.memory if memory.budget == "auto" else memory.budget)
     setting = _setting(options, subject, parse_depth(depth))
-    options.optimizer.check_release(loader.accumulation, num_processes=1)
+    options.optimizer.check_release(loader.accumulation, num_processes=options.cards)
     refusal = None
     try:
-        fitted = fit.decide(memory, loader, setting, device=torch.device("cuda"), free_bytes=budget)
+        fitted = fit.decide(
+            memory, loader, setting, device=torch.device("cuda"), free_bytes=budget,
+            num_processes=options.cards, cards=options.cards,
+        )  # fmt: skip
         assert fitted.setting is not None
         setting, blocks = fitted.setting, (fitted.recompute.base_blocks, fitted.recompute.controlnet_blocks)
         if fitted.recompute.peak_bytes > budget:
@@ -173,7 +179,9 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
             setting,
             hoist=memory.hoist != "no",
             stream=memory.stream == "yes",
-            accumulation=loader.global_batch or setting.accumulation,
+            accumulation=-(-loader.global_batch // options.cards) if loader.global_batch else setting.accumulation,
+            num_processes=options.cards,
+            cards=options.cards,
         )
         every = count(setting)
         blocks = every.num_base_blocks, every.num_controlnet_blocks
@@ -226,6 +234,7 @@ def report(options: PlanConfig, subject: Subject, planned: Plan) -> str:
     setting = counted.setting
     hoisted = ", its modulation computed ahead and not on the device" if setting.hoist else ""
     streamed = ", its blocks streamed from the host" if setting.stream else ""
+    streamed += f", its blocks spread over {setting.cards} cards" if setting.shard else ""
     lines = [
         _heading(options, subject, planned),
         "",
@@ -325,7 +334,8 @@ def _heading(options: PlanConfig, subject: Subject, planned: Plan) -> str:
 
     what = describe(planned.counted.setting).partition(" at ")[2]
     reserve = " (the CUDA context and cuBLAS take the rest)" if "gib" not in options.memory.budget.lower() else ""
-    card = f"one {GPUS[options.gpu].name}, {planned.budget_bytes / GIB:.1f} GiB for tensors{reserve}"
+    number = "one" if options.cards == 1 else f"each of {options.cards}"
+    card = f"{number} {GPUS[options.gpu].name}, {planned.budget_bytes / GIB:.1f} GiB for tensors{reserve}"
     return f"{subject.model_name} at {what}, on {card}"
 
 
@@ -343,6 +353,7 @@ def _given_up(planned: Plan) -> str:
         return "does not fit"
     given_up = [_recomputed(planned.counted)] if planned.counted.recomputed_flops else []
     given_up += ["the base is streamed"] if planned.counted.setting.stream else []
+    given_up += ["the base is spread"] if planned.counted.setting.shard else []
     return ", ".join(given_up) or "nothing"
 
 

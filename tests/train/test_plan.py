@@ -60,6 +60,20 @@ def test_what_does_not_fit_is_said(
     assert any("does not fit: " in line and "every block recomputed" in line for line in lines)
 
 
+def test_of_several_cards_each_has_a_share_of_the_batch_and_perhaps_of_the_base(
+    configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", str(configured), "--cache", str(tmp_path / "none"), "--depth", "1-1", "--resolution", "64"]
+    words += ["--loader.global-batch", "4"]
+    alone, together = (planned(capsys, monkeypatch, *words, "--cards", cards) for cards in ("1", "2"))
+    assert "batch 4, on one A100" in alone[0]
+    assert "batch 2, on each of 2 A100" in together[0]
+    spread = planned(capsys, monkeypatch, *words, "--cards", "2", "--memory.shard", "yes")
+    assert any("its blocks spread over 2 cards" in line for line in spread)
+    refused = planned(capsys, monkeypatch, *words, "--memory.shard", "yes")
+    assert any("does not fit: memory.shard yes: there is one process on this machine" in line for line in refused)
+
+
 def test_without_a_depth_there_is_a_row_for_each(
     configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
