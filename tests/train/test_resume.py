@@ -30,12 +30,13 @@ from train.trainer import train
 STEPS = 8
 
 KINDS: dict[str, dict[str, Any]] = {
-    "adamw-fp32": {"optimizer": {"kind": "adamw"}},
-    "adamw8bit-bf16-accumulation": {
+    "adamw-fp32-early-stop": {"optimizer": {"kind": "adamw"}, "early_stop": {"patience": 9}},
+    "adamw8bit-bf16-accumulation-ema": {
         "optimizer": {"kind": "adamw8bit"},
         "precision": "bf16",
         "loader": {"accumulation": 2},
         "memory": {"recompute": "all"},
+        "ema": {"profile": "power", "every": 2},
     },
     "adamw8bit-bf16-master-host-hoisted": {
         "optimizer": {"master": True, "states": "cpu", "release": True, "clip": "parameter", "survival_every": 2},
@@ -46,7 +47,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def options_of(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
-    """8 steps with a checkpoint after 3, 6 and 8, and looks at the held-out samples between and on them."""
+    """8 steps with a checkpoint after 3, 6 and 8, and where the best look is kept after 4; with looks at the held-out
+    samples between and on them."""
     looks = {"every": 4, "pictures_every": 5, "samples": 2, "timesteps": 1, "pictures": 1}
     changes = {"steps": STEPS, "checkpoint": {"every": 3}, "validation": looks, **changes}
     return train_options(cache, runs, **changes)
@@ -62,6 +64,10 @@ def assert_same_run(one: Path, other: Path, steps: int = STEPS) -> None:
         assert checkpoints.newest(run) == checkpoints.path_of(run, steps)
         ended = json.loads((run / "run.json").read_text())["starts"][-1]["ended"]
         assert ended == {"step": steps, "why": "trained"}
+    assert [link and link.name for link in (checkpoints.best(one), checkpoints.best(other))] in (
+        [None, None],
+        [f"step-{steps:08d}"] * 2,
+    )
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (one, other)]
     assert names[0] == names[1]
     assert len(names[0]) == 2
@@ -132,7 +138,9 @@ def test_a_run_that_broke_off_thrice_ends_as_the_undisturbed_one(
     assert train(options) == 0
     assert_same_run(tmp_path / "run", undisturbed(kind))
     state = load_file(checkpoints.path_of(tmp_path / "run", STEPS) / "optimizer.safetensors")
-    assert any(name.endswith(".state1") for name in state) == (kind != "adamw-fp32")
+    assert any(name.endswith(".state1") for name in state) == ("adamw8bit" in kind)
+    assert (checkpoints.path_of(tmp_path / "run", STEPS) / "ema").is_dir() == ("ema" in kind)
+    assert (tmp_path / "run" / "best").is_symlink() == ("early-stop" in kind)
 
 
 def test_raising_the_steps_goes_on_as_if_they_had_been_so_from_the_start(tiny_cache: Path, tmp_path: Path) -> None:
@@ -151,14 +159,14 @@ def test_raising_the_steps_goes_on_as_if_they_had_been_so_from_the_start(tiny_ca
 def test_a_damaged_newest_checkpoint_is_passed_over_and_its_steps_are_run_again(
     undisturbed: Callable[[str], Path], tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, run = undisturbed("adamw-fp32"), tmp_path / "run"
+    whole, run = undisturbed("adamw-fp32-early-stop"), tmp_path / "run"
     shutil.copytree(whole, run, symlinks=True)
     weights = checkpoints.path_of(run, STEPS) / "controlnet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     capsys.readouterr()
-    assert train(options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32"])) == 0
+    assert train(options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32-early-stop"])) == 0
     said = capsys.readouterr()
     assert f"step-{STEPS:08d} is damaged (controlnet/diffusion_pytorch_model.safetensors was altered)" in said.err
     assert "resuming after step 6" in said.out
@@ -168,11 +176,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_its_steps_are_run_again(
 def test_where_every_checkpoint_is_damaged_it_starts_anew(
     undisturbed: Callable[[str], Path], tiny_cache: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(undisturbed("adamw-fp32"), tmp_path / "run", symlinks=True)
+    shutil.copytree(undisturbed("adamw-fp32-early-stop"), tmp_path / "run", symlinks=True)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "optimizer.safetensors").unlink()
-    assert train(options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32"])) == 0
-    assert_same_run(tmp_path / "run", undisturbed("adamw-fp32"))
+    assert train(options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32-early-stop"])) == 0
+    assert_same_run(tmp_path / "run", undisturbed("adamw-fp32-early-stop"))
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_from_the_checkpoint_before(
@@ -186,12 +194,12 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_from_the_checkpoint_bef
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    options = options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32"])
-    with pytest.raises(UserError, match=r"the disk is full: writing .*step-00000006 failed"):
+    options = options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32-early-stop"])
+    with pytest.raises(UserError, match=r"the disk is full: writing .*step-00000004 failed"):
         train(options)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     assert train(options) == 0
-    assert_same_run(tmp_path / "run", undisturbed("adamw-fp32"))
+    assert_same_run(tmp_path / "run", undisturbed("adamw-fp32-early-stop"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -202,7 +210,7 @@ def test_a_polite_signal_finishes_the_step_saves_and_exits_well(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32"])
+    options = options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32-early-stop"])
     with monkeypatch.context() as patch:
         before_batch(4, 0, lambda: os.kill(os.getpid(), number), patch)
         assert train(options) == 0
@@ -210,8 +218,8 @@ def test_a_polite_signal_finishes_the_step_saves_and_exits_well(
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["ended"]["why"] == "stopped"
     assert train(options) == 0
-    assert losses(tmp_path / "run") == losses(undisturbed("adamw-fp32"))
-    assert content(tmp_path / "run" / "controlnet") == content(undisturbed("adamw-fp32") / "controlnet")
+    assert losses(tmp_path / "run") == losses(undisturbed("adamw-fp32-early-stop"))
+    assert content(tmp_path / "run" / "controlnet") == content(undisturbed("adamw-fp32-early-stop") / "controlnet")
 
 
 # --- killed at a change of the folder -------------------------------------------------------------------------------
@@ -254,15 +262,15 @@ def train_until_a_new_rename(options: TrainConfig, seen: set[tuple[str, str]], s
 def test_a_kill_before_or_after_any_kind_of_rename_changes_nothing(
     undisturbed: Callable[[str], Path], tiny_cache: Path, tmp_path: Path
 ) -> None:
-    options, seen = options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32"]), set[tuple[str, str]]()
+    options, seen = options_of(tiny_cache, tmp_path, **KINDS["adamw-fp32-early-stop"]), set[tuple[str, str]]()
     kills = 0
     while train_until_a_new_rename(options, seen, tmp_path / "stash"):
         kills += 1
     assert kills == len(seen)
     assert {name for name, _ in seen} >= {
-        "config.yaml", "run.json", "metrics.jsonl", "step-#.png", "step-#", "step-#.part", "controlnet",
+        "config.yaml", "run.json", "metrics.jsonl", "step-#.png", "step-#", "step-#.part", "controlnet", "best",
     }  # fmt: skip
-    assert_same_run(tmp_path / "run", undisturbed("adamw-fp32"))
+    assert_same_run(tmp_path / "run", undisturbed("adamw-fp32-early-stop"))
 
 
 # --- killed in a process of its own ---------------------------------------------------------------------------------
@@ -292,7 +300,7 @@ def test_sigkill_at_random_moments_and_amid_the_batches_of_a_step_changes_nothin
 ) -> None:
     """8-bit AdamW, bf16 weights, two batches a step."""
     steps, draw = 15, random.Random(20)
-    options = options_of(tiny_cache, tmp_path, steps=steps, **KINDS["adamw8bit-bf16-accumulation"])
+    options = options_of(tiny_cache, tmp_path, steps=steps, **KINDS["adamw8bit-bf16-accumulation-ema"])
     run, whole = tmp_path / "run", dataclasses.replace(options, name="whole")
     kills: list[int] = []
     while len(kills) < 6:
