@@ -59,6 +59,10 @@ class Step:
         self.recipes, self.seed, self.device, self.dtype = recipes, seed, device, dtype
         self.condition_draw, self.modulation, self.compiled_for = condition_draw, modulation, compiled_for
         self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+        self.arrived: dict[str, float] = {}
+        """What came of the step before the last one's update: read together with the last one's loss."""
+        self._late: dict[str, torch.Tensor] = {}
+        """The same of the last step, 0-dim on the device."""
 
     def times(self, position: int, B: int) -> torch.Tensor:
         """t of batch number `position`, (B,) fp32 on the CPU: known before the batch is there."""
@@ -102,8 +106,9 @@ class Step:
         return total, losses
 
     def __call__(self, batches: list[Batch], step: int, rate: float) -> dict[str, float]:
-        """Step number `step` (the first is 1) at this learning rate. Raises `UserError` naming the samples where the
-        loss or the gradient is not finite, before any weight has moved."""
+        """Step number `step` (the first is 1) at this learning rate. Back come loss, norm of the gradient and learning
+        rate; what came of the update is known later: see `arrived` and `late`. Raises `UserError` naming the samples
+        where the loss or the gradient is not finite, before any weight has moved."""
         refuse_trainable(self.adapter.base)
         optimizer = self.optimizer
         measure = optimizer.options.measures(step)
@@ -112,15 +117,21 @@ class Step:
         norm = optimizer.norm()
         if self.accelerator is not None:
             total = self.accelerator.reduce(total, reduction="sum")
-        loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()  # waits for the device
+        scalars = [scalar.to(total) for scalar in (total, norm, *self._late.values())]
+        loss_value, norm_value, *before = torch.stack(scalars).tolist()  # the step's one wait for the device
+        self.arrived = dict(zip(self._late, before, strict=True))
         self._refuse_non_finite(batches, losses, step, loss_value, norm_value)
         update = optimizer.finish(norm_value)
-        late = {"update_norm": update.norm}
+        self._late = {"update_norm": update.norm}
         if (survival := update.survival) is not None:
-            late |= {"update_kept": survival.update_kept, "share_updated": survival.share_updated}
-        # The second wait, for stepping alone: its kernels take little longer than launching them did.
-        late_values = dict(zip(late, torch.stack(list(late.values())).tolist(), strict=True))
-        return {"loss": loss_value, "gradient_norm": norm_value, **late_values, "learning_rate": rate}
+            self._late |= {"update_kept": survival.update_kept, "share_updated": survival.share_updated}
+        return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
+
+    def late(self) -> dict[str, float]:
+        """What came of the last step's update, where it cannot wait for the next step: norm, and what survived of it
+        where that was measured. Waits for the device. Empty where it was asked for already."""
+        late, self._late = self._late, {}
+        return dict(zip(late, torch.stack(list(late.values())).tolist(), strict=True)) if late else {}
 
     def _generator(self, device: torch.device | str, number: int, what: int) -> torch.Generator:
         drawn_on = "cpu" if torch.device(device).type == "meta" else device  # where memory is counted nothing is drawn

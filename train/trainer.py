@@ -142,6 +142,8 @@ class Trainer:
         """Of all processes together, looks and saving too."""
         self.look.seconds = times.get("look_seconds", 0.0)
         self._since = time.perf_counter()
+        self._unwritten: tuple[int, dict[str, float]] | None = None
+        """Of the main process, a step with its figures."""
         if accelerator.is_main_process:
             say(components_table(self.models.components))
             say(
@@ -189,10 +191,11 @@ class Trainer:
                     figures = self._take(step, batches, waited)
                     self._count_time()
                     if self.accelerator.is_main_process:
+                        self._write(self.step.arrived)
                         figures |= {"samples_seen": self.samples_seen, "device_hours": self.device_seconds / 3600}
-                        self.run.log(step, figures)
-                        if self.accelerator.trackers:
-                            self.accelerator.log(flatten(figures, "train"), step=step)
+                        self._unwritten = step, figures
+                        if any(self.look.due(step)):
+                            self._write(self.step.late())
                     bar.set_postfix(loss=f"{figures['loss']:.4f}", wait=f"{figures['data_wait_seconds'] * 1e3:.0f}ms")
                     bar.update()
                     self.look(step)
@@ -210,7 +213,19 @@ class Trainer:
             self._end(waited.share)
             yield step
         finally:
+            self._write({})
             self.accelerator.end_training()
+
+    def _write(self, late: dict[str, float]) -> None:
+        """Write the figures of the last step that has not been written, with what came of its update, which is read
+        with the next step's loss: each reading waits for the device."""
+        if self._unwritten is None:
+            return
+        (step, figures), self._unwritten = self._unwritten, None
+        figures |= late
+        self.run.log(step, figures)
+        if self.accelerator.trackers:
+            self.accelerator.log(flatten(figures, "train"), step=step)
 
     def _count_time(self) -> None:
         now = time.perf_counter()
@@ -279,6 +294,7 @@ class Trainer:
 
     def _save(self, step: int, *, best: bool = False) -> None:
         if self.accelerator.is_main_process:
+            self._write(self.step.late())
             self.run.sync_metrics()
             self.run.note({"memory": self.guard.figures()})
             tensors, meta = self.optimizer.state()

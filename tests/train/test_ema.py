@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -238,10 +239,10 @@ LOOKED = {"every": 2, "samples": 2, "timesteps": 1}
 
 @pytest.fixture(scope="module")
 def runs(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of 6 steps: "with" an average, "resumed" after the fourth, and "without" one."""
+    """Runs of 6 steps: "with" an average, "resumed" after the fourth, both saved after each step, and "without" one."""
     folder = tmp_path_factory.mktemp("runs")
-    changes: dict[str, Any] = {"validation": LOOKED, "checkpoint": {"every": 1, "keep": 0}}
-    average = {"ema": {"profile": "power", "every": 2}}
+    changes: dict[str, Any] = {"validation": LOOKED}
+    average = {"ema": {"profile": "power", "every": 2}, "checkpoint": {"every": 1, "keep": 0}}
     for name, steps, more in (
         ("with", 6, average),
         ("resumed", 4, average),
@@ -275,6 +276,22 @@ def test_a_run_keeps_the_average_that_its_own_checkpoints_have(runs: Path) -> No
 def test_keeping_an_average_and_looking_at_it_changes_nothing_of_what_is_learned(runs: Path) -> None:
     assert losses(runs / "with") == losses(runs / "without")
     assert controlnet_bytes(runs / "with") == controlnet_bytes(runs / "without")
+
+
+def test_the_line_of_a_step_has_the_norm_of_its_own_update_whenever_it_is_written(runs: Path) -> None:
+    """Saving and looking write it at once, otherwise it waits for the next step."""
+    norms = {
+        name: [line["update_norm"] for line in metrics(runs / name) if "loss" in line] for name in ("with", "without")
+    }
+    assert norms["with"] == norms["without"]
+    assert len(norms["with"]) == 6
+    weights = [
+        load_file(checkpoints.path_of(runs / "with", step) / "controlnet" / "diffusion_pytorch_model.safetensors")
+        for step in range(1, 7)
+    ]
+    for i, (old, new) in enumerate(itertools.pairwise(weights), 1):
+        change = math.sqrt(sum((new[name].double() - old[name]).square().sum().item() for name in new))
+        assert norms["with"][i] == pytest.approx(change, rel=1e-3)
 
 
 def test_held_out_losses_are_those_of_the_average(runs: Path) -> None:

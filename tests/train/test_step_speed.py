@@ -173,8 +173,13 @@ def _adapter(tiny_model: Path, num_layers: int, num_single_layers: int) -> Contr
 
 @pytest.mark.parametrize(
     "options",
-    [OptimizerOptions(), OptimizerOptions(clip="parameter"), OptimizerOptions(clip_norm=0.0)],
-    ids=["global norm", "each parameter's norm", "not clipped"],
+    [
+        OptimizerOptions(),
+        OptimizerOptions(clip="parameter"),
+        OptimizerOptions(clip_norm=0.0),
+        OptimizerOptions(survival_every=1),
+    ],
+    ids=["global norm", "each parameter's norm", "not clipped", "measured"],
 )
 def test_a_whole_step_asks_the_device_once(adapter: ControlNetAdapter, options: OptimizerOptions) -> None:
     step = step_of(adapter, CPU)
