@@ -15,7 +15,7 @@ import torch
 
 from shared.errors import EXIT_INCOMPLETE, UserError
 from tests.train.conftest import controlnet_bytes, flux, metrics, train_options
-from train import together
+from train import recompute, together
 from train.budget import GIB
 from train.config import TrainConfig
 from train.memory_plan import least_bytes, resting_bytes
@@ -80,25 +80,40 @@ def test_every_run_is_to_the_bit_what_it_is_alone(alone: Path, shared: Path, nam
     assert controlnet_bytes(shared / name) == controlnet_bytes(alone / name)
 
 
-def test_they_take_turns_step_by_step_and_hold_no_gradients_between(
+def test_they_take_turns_step_by_step_hold_no_gradients_between_and_recompute_each_its_own(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns: list[tuple[int, int]] = []
     graded: list[int] = []
-    call, steps = Step.__call__, []
+    recomputed: list[tuple[int, int]] = []
+    call, steps, apply = Step.__call__, [], recompute.apply
 
     def taken(self: Step, batches: Any, step: int, rate: float) -> dict[str, float]:
         if self not in steps:
             steps.append(self)
         graded.append(sum(p.grad is not None for other in steps for p in other.optimizer.parameters.values()))
         turns.append((steps.index(self), step))
+        recomputed.append(now[-1])
         return call(self, batches, step, rate)
 
+    now: list[tuple[int, int]] = []
+
+    def applied(family: Any, base: Any, controlnet: Any, *blocks: int, **named: int) -> tuple[int, int]:
+        now.append(apply(family, base, controlnet, *blocks, **named))
+        return now[-1]
+
     monkeypatch.setattr(Step, "__call__", taken)
-    runs = [train_options(tiny_cache, tmp_path, name=f"run-{i}", depth="1-0", steps=2 + i) for i in range(2)]
+    monkeypatch.setattr(recompute, "apply", applied)
+    runs = [
+        train_options(
+            tiny_cache, tmp_path, name=f"run-{i}", depth="1-0", steps=2 + i, memory={"recompute": f"{i + 1}+{i}"}
+        )
+        for i in range(2)
+    ]
     assert train_together(runs) == 0
     assert turns == [(0, 1), (1, 1), (0, 2), (1, 2), (1, 3)]
     assert graded == [0] * 5
+    assert recomputed == [(1, 0), (2, 1), (1, 0), (2, 1), (2, 1)]
 
 
 def test_one_that_fails_is_dropped_and_the_others_are_what_they_would_have_been(
