@@ -328,9 +328,12 @@ def test_a_value_has_the_decimals_of_its_interval(value: float, half: float | No
 def test_the_page_asks_the_network_for_nothing_and_nothing_of_a_run_becomes_markup(
     compared: Comparison, pictures: Album, tmp_path: Path
 ) -> None:
-    make_run(tmp_path / "a", depth="1-1", changes={"tracker": HOSTILE})
+    run = make_run(tmp_path / "a<b>", depth="1-1", changes={"tracker": HOSTILE, "model": HOSTILE})
+    (run / "pictures" / "held-out.json").write_text(json.dumps([{"key": HOSTILE, "caption": HOSTILE}]))
     make_run(tmp_path / "b", depth="2-2")
     hostile = write([tmp_path], tmp_path / "page.html").read_text()
+    assert HOSTILE in [sample["caption"] for sample in embedded(hostile)["samples"]]
+    assert any(HOSTILE in setting["label"] for setting in embedded(hostile)["settings"])
     for html in (page(compared, pictures, HOSTILE, NOW), hostile):
         assert html.count("<script") == html.count("</script") == 2  # the data, and the page's own
         assert "<img" not in html
@@ -463,9 +466,13 @@ def test_the_table_is_sorted_by_a_click(browser: Browser, written: Path) -> None
     browser.open(written)
     names = "return [...document.querySelectorAll('#runs-table tbody th strong')].map(cell => cell.textContent)"
     assert browser.run(names)[0] == "depth-2-4_seed-0"
-    button = browser.run(
-        "return [...document.querySelectorAll('#runs-table button')].find(b => b.textContent === 'Depth')"
+    find_button = (
+        "return [...document.querySelectorAll('#runs-table button')].find(b => b.textContent === arguments[0])"
     )
+    for _ in range(2):
+        browser.run("arguments[0].click()", browser.run(find_button, "Run"))
+    assert browser.run(names)[0] == "depth-9-9_seed-0"
+    button = browser.run(find_button, "Depth")
     browser.run("arguments[0].click()", button)
     depths = [name.split("_")[0] for name in browser.run(names)]
     assert depths == ["depth-1-1", *["depth-2-4"] * 3, "depth-4-10", "depth-5-10", "depth-9-9"]
