@@ -14,16 +14,19 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, CompletedProcess, TimeoutExpired
-from typing import IO, Any
+from typing import IO, Any, Self
 
+import fsspec
 import pytest
 
-__all__ = ["DEVNULL", "PIPE", "STDOUT", "CompletedProcess", "Popen", "TimeoutExpired", "context", "run"]
+__all__ = [
+    "DEVNULL", "PIPE", "STDOUT", "CompletedProcess", "Multiprocessing", "Popen", "TimeoutExpired", "context", "run",
+]  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = (
@@ -54,6 +57,33 @@ def context() -> ForkServerContext:
         first.start()
         first.join()
     return context
+
+
+class Multiprocessing:
+    """In the place of `multiprocessing`, where a module starts processes by `get_context("spawn").Process`: they are
+    forked where everything is imported, and have this process's environment, as spawned ones do."""
+
+    def get_context(self, method: str) -> Self:
+        """Of this class too."""
+        assert method == "spawn", method
+        return self
+
+    def Pipe(self) -> tuple[Connection, Connection]:  # noqa: N802
+        """As there."""
+        return context().Pipe()
+
+    def Process(  # noqa: N802
+        self, *, target: Callable[..., object], args: tuple[Any, ...], **named: Any
+    ) -> ForkServerProcess:
+        """As there."""
+        return context().Process(target=_in_environment, args=(dict(os.environ), target, args), **named)
+
+
+def _in_environment(environment: dict[str, str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    fsspec.config.set_conf_env(fsspec.config.conf)  # read as it was imported
+    target(*args)
 
 
 class Popen:

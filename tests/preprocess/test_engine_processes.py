@@ -7,7 +7,6 @@ import signal
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,8 +55,7 @@ def reference(options: PreprocessConfig) -> dict[str, bytes]:
 def _with_imports_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers that this process starts are forked where they have imported already. Those that other processes
     start, in two of the tests, begin from nothing as they do elsewhere."""
-    context = forked.context()
-    monkeypatch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+    monkeypatch.setattr(processes, "multiprocessing", forked.Multiprocessing())
 
 
 @pytest.mark.usefixtures("_with_imports_done")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import time
-from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from shared import families
 from shared.cache.reader import Cache
 from shared.families.base import Family
 from shared.model_folder import resolve
+from tests import forked
 from train.config import TrainConfig
 from train.loader import Loader, LoaderOptions
 from train.optimizer import OptimizerOptions
@@ -29,15 +27,6 @@ from train.samples import CachedSamples
 from train.trainer import Trainer
 from train.validation import ValidationOptions
 
-PRELOADED = (
-    "tests.train.conftest",
-    "bitsandbytes.optim",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.controlnets.controlnet_flux",
-    "diffusers.models.transformers.transformer_flux",
-    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
-    "optimum.quanto",
-)
 TIMES = ("data_wait_seconds", "data_wait_share", "step_seconds", "device_hours", "look_seconds", "look_share")
 
 
@@ -67,16 +56,9 @@ def train_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
 
 
 @pytest.fixture(scope="session")
-def processes() -> Iterator[ForkServerContext]:
+def processes() -> ForkServerContext:
     """For processes that begin with everything imported: forked from one that has computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        context.set_forkserver_preload(list(PRELOADED))
-        first = context.Process(target=time.sleep, args=(0,))
-        first.start()
-        first.join()  # the imports are done
-        yield context
+    return forked.context()
 
 
 def flux() -> Family:
