@@ -124,7 +124,7 @@ def run(curve: Curve, cache: Path, runs: Path, steps: int, learning_rate: float,
             "final_fraction": 0.0,
             "warmup_steps": 0,
         },
-        "validation": {"every": 0, "pictures_every": 0},
+        "validation": {"every": 0, "pictures_every": 0, "adherence_every": 0},
         "checkpoint": {"every": steps},
     }
     for changes in (common, curve.changes):

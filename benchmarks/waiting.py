@@ -51,6 +51,7 @@ def measure(folder: Path, pictures: int, steps: int) -> Figures:
     stages.run(preprocess, preprocess_options)
     words = ["--recipe", TRAIN_RECIPE, "--cache", cache, "--runs", runs, "--steps", steps, "--checkpoint.every", steps]
     words += ["--device", "cpu", "--tracker", "none", "--validation.every", 0, "--validation.pictures-every", 0]
+    words += ["--validation.adherence-every", 0]
     train_options = config.load(TrainConfig, [*map(str, words)], command="train")
     assert train_options is not None
     stages.run(train, train_options)

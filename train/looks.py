@@ -65,9 +65,9 @@ class Looks:
         self._keeping: _Keeping | None = None
         if validation is None:
             return
-        if not paints and (options.pictures_every or options.adherence_every):
-            warn(f"{validation.model.name} has no VAE: no pictures are painted, and adherence is not measured")
-        elif options.most_painted:
+        if not paints and options.adherence_every:
+            warn(f"adherence is not measured: {validation.model.name} has no VAE to paint with")
+        elif paints and options.most_painted:
             baseline = Baseline.of(run.folder)
             self._painter = Painter(validation, baseline, options.most_painted)
             if options.adherence_every:

@@ -22,9 +22,11 @@ from tests.train.conftest import controlnet_tensors, flux, losses, samples_of, t
 from train import modulation as modulation_file
 from train import recompute
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions
+from train.baseline import Baseline
 from train.loader import Loader, LoaderOptions
 from train.modulation import HoistedLinear, LinearsInMemory, LinearsOnDisk, Modulation, hoist
 from train.objectives import FlowMatching, ObjectiveOptions
+from train.painting import Painter
 from train.trainer import train
 from train.validation import Validation, ValidationOptions
 
@@ -465,24 +467,29 @@ def test_compiled_blocks_take_other_rows_without_compiling_again(base: torch.nn.
 
 
 def test_held_out_losses_and_pictures_are_those_of_the_whole_base(
-    base: torch.nn.Module, model: ModelFolder, tiny_cache: Path
+    base: torch.nn.Module, model: ModelFolder, tiny_cache: Path, tmp_path: Path
 ) -> None:
     controlnet, held_out = controlnet_on(model), samples_of(tiny_cache, "validation")
     options = ValidationOptions(samples=3, timesteps=2, pictures=3, picture_steps=3, batch_size=2)
 
     def validation_on(base: torch.nn.Module, modulation: Modulation | None) -> tuple[Validation, ControlNetAdapter]:
+        baseline = Baseline(tmp_path / ("whole" if modulation is None else "hoisted"))
         made = Validation(
             held_out, flux(), model, FlowMatching(ObjectiveOptions()), options,
-            seed=0, device=CPU, dtype=torch.float32, modulation=modulation,
+            seed=0, device=CPU, dtype=torch.float32, baseline=baseline, modulation=modulation,
         )  # fmt: skip
         return made, ControlNetAdapter(flux(), base, controlnet, ControlNetOptions(guidance=GUIDANCE))
 
+    def pictures_of(validation: Validation, adapter: ControlNetAdapter) -> np.ndarray:
+        painter = Painter(validation, Baseline(tmp_path / "none"), 3)
+        return np.concatenate([picture.ravel() for picture in painter.paint(adapter, 3)]).astype(int)
+
     whole, adapter = validation_on(base, None)
-    expected, picture = whole.held_out(adapter), whole.pictures(adapter)
+    expected, pictures = whole.held_out(adapter), pictures_of(whole, adapter)
     with hoisted(base) as (bare, modulation):
         other, adapter = validation_on(bare, modulation)
         found = other.held_out(adapter)
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-7, nan_ok=True)
         assert other.held_out(adapter) == pytest.approx(found, rel=0, abs=0, nan_ok=True)
-        differing = np.abs(other.pictures(adapter).astype(int) - picture.astype(int))
+        differing = np.abs(pictures_of(other, adapter) - pictures)
     assert differing.max() <= 1  # a pixel may be rounded to its neighbour

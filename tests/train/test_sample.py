@@ -35,7 +35,7 @@ def run(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps=2,
         device="cpu",
         tracker="none",
-        validation=ValidationOptions(every=0, pictures_every=0),
+        validation=ValidationOptions(every=0, pictures_every=0, adherence_every=0),
         checkpoint=CheckpointOptions(every=2),
     )
     assert train(options) == 0
