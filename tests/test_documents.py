@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from examples.check_adherence import CheckConfig
 from examples.demo import DemoConfig
 from preprocess.config import PreprocessConfig
 from shared.config import field_names, load
 from train.config import TrainConfig
 from train.export import ExportConfig
+from train.grid import SweepConfig
 from train.sample import SampleConfig
 from train.upload import UploadConfig
 
@@ -37,12 +39,12 @@ def test_every_make_command_in_the_readme_is_a_target() -> None:
 def test_every_option_in_the_readme_exists() -> None:
     known = {
         name.replace("_", "-")
-        for config in (PreprocessConfig, TrainConfig, SampleConfig, ExportConfig, UploadConfig, DemoConfig)
+        for config in (PreprocessConfig, SweepConfig, SampleConfig, ExportConfig, UploadConfig, DemoConfig, CheckConfig)
         for name in field_names(config)
     }
     named = {word for code in INLINE for word in re.findall(r"--([a-z][a-z0-9.-]*)", code)}
     assert "controlnet.embedder" in named
-    assert named - known - {"logdir", "help", "dry-run", "recipe", "quick", "only", "rows"} == set()
+    assert named - known - {"logdir", "help", "dry-run", "recipe", "quick", "only", "rows", "machine"} == set()
 
 
 def test_every_file_in_the_map_of_the_code_exists() -> None:
