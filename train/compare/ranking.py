@@ -74,10 +74,11 @@ def ranking(comparison: Comparison) -> str:
             f'<td class="forest">{axis.row(comparison, setting, measure, look)}</td>'
             f'<td class="n">{figure_cell(figure, strong=rank == 1)}</td>{cells}</tr>'
         )
+    dense = " dense" if len(rows) > 12 else ""
     heads = "".join(f'<th scope="col" class="n">{e(other.title)}</th>' for other in beside)
     arrow = "higher is better" if measure.better == "higher" else "lower is better"
     return (
-        '<div class="scroll" tabindex="0"><table class="ranking"><caption>Settings by rank</caption><thead><tr>'
+        f'<div class="scroll" tabindex="0"><table class="ranking{dense}"><caption>Settings by rank</caption><thead><tr>'
         '<th scope="col" class="rank">Rank</th><th scope="col">Setting</th>'
         f'<th scope="col" class="forest">{e(measure.title)} <small>{arrow}</small></th>'
         f'<th scope="col" class="n">{e(measure.title)}</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
