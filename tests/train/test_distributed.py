@@ -65,6 +65,9 @@ def train_as(rank: int, port: int, options: TrainConfig, world: World) -> None:
     def run_to_the_end(self: Trainer) -> None:
         end(self)
         self.adapter.save(folder / f"rank-{rank}")
+        gradients = [p.grad.untyped_storage() for _, p in self.adapter.named_parameters() if p.grad is not None]
+        buckets = {storage.data_ptr(): storage.nbytes() for storage in gradients}
+        (folder / f"gradients-{rank}").write_text(json.dumps([len(gradients), len(buckets), sum(buckets.values())]))
         if self.models.shards is not None:
             weights = [parameter for block in self.models.shards.blocks for parameter in block.parameters()]
             held = [self.models.shards.held_bytes, sum(weight.numel() * weight.itemsize for weight in weights)]
@@ -162,6 +165,11 @@ def test_several_processes_are_one_with_as_much_more_accumulation(
         assert all(torch.equal(weights[name], actual[name]) for name in expected)
     assert "controlnet_x_embedder.weight" in expected
 
+    for rank in range(count):
+        num_gradients, num_buckets, num_bytes = json.loads((world.folder / f"gradients-{rank}").read_text())
+        assert num_gradients > 30
+        assert num_buckets < 4  # gradients lie in DDP's buckets and nowhere else
+        assert num_bytes <= sum(tensor.nbytes for tensor in expected.values())
     assert_none_comes_twice(world.seen(), tiny_cache, 6 // count)
     if shard == "yes":
         held = [json.loads((world.folder / f"held-{rank}").read_text()) for rank in range(count)]
