@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 MACHINE = "machine."
 """Before the names of differences that are no choice of the experiment's."""
+_PLACES = ("runs", "cache", "base.folder", "remote.folder")
+"""Options that say where files lie."""
 State = Literal["trained", "early_stop", "stopped", "unfinished", "failed"]
 
 
@@ -155,10 +157,15 @@ class Comparison:
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
-    """All that two equal sweeps must agree on, to the bit, as plain JSON values: without what belongs to the machine
-    and to the number of its starts."""
+    """All that two equal sweeps must agree on, to the bit, as plain JSON values: without what belongs to the machine,
+    to the number of its starts and to where files lie."""
     found = asdict(comparison)
     for run in found["runs"]:
         del run["machine"]
-    found["differences"] = {key: value for key, value in found["differences"].items() if not key.startswith(MACHINE)}
+        run["options"] = {key: value for key, value in run["options"].items() if key not in _PLACES}
+    found["differences"] = {
+        key: values
+        for key, values in found["differences"].items()
+        if key not in _PLACES and not key.startswith(MACHINE)
+    }
     return found
