@@ -59,7 +59,7 @@ function swatch(color, dash) {
 
 const LEFT = 46, RIGHT = 12, TOP = 12, BOTTOM = 34;
 
-// content() -> {lines, references, share, xLabel, whiskers}; a line is {id, label, color, dash, points, raw, marks}, a
+// content() -> {lines, references, share, xLabel, told, whiskers, domain}; a line is {id, label, color, dash, points, raw, marks}, a
 // point [x, y, half of its interval or null], a mark [x, y, text]. `group` are charts that share their x.
 class Chart {
   constructor(group, title, about, content) {
@@ -80,7 +80,7 @@ class Chart {
   refresh() {
     const width = this.svg.clientWidth, height = this.svg.clientHeight;
     if (!width) return;
-    const { lines, references, share, xLabel, whiskers, floor } = (this.now = this.content());
+    const { lines, references, share, xLabel, whiskers, domain } = (this.now = this.content());
     const points = lines.flatMap((line) => line.points);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.replaceChildren();
@@ -89,7 +89,7 @@ class Chart {
       this.svg.append(draw("text", { class: "empty", x: width / 2, y: height / 2, "text-anchor": "middle" }, "nothing to show"));
       return;
     }
-    let [left, right] = extent(points.map(([x]) => x));
+    let [left, right] = domain || extent(points.map(([x]) => x));
     if (right - left <= 1e-9 * Math.abs(right)) [left, right] = [left - 0.5, right + 0.5];
     const reach = (p) => (whiskers && p[2] ? [p[1] - p[2], p[1] + p[2]] : [p[1]]);
     const values = [...points.flatMap(reach), ...references.map(([value]) => value)];
@@ -102,7 +102,6 @@ class Chart {
     const pad = 0.06 * (spread > 1e-9 * Math.abs(high) ? spread : Math.abs(high) || 1); // of equal values, rounding
     [low, high] = [low - pad, high + pad];
     if (share) [low, high] = [Math.max(low, 0), Math.min(high, 1)];
-    if (floor !== undefined) low = Math.max(low, floor);
     const X = (x) => LEFT + ((width - LEFT - RIGHT) * (x - left)) / (right - left);
     const Y = (y) => TOP + (height - TOP - BOTTOM) * (1 - (y - low) / (high - low));
     Object.assign(this, { X, Y, left, right, width, height, lines });

@@ -133,7 +133,7 @@ if (data.runs.some((run) => run.by_time.length)) {
   if (data.runs.length > 1) panels.push(["Difference from the mean of the runs", "Below 0 a run does better than the others.", true]);
   for (const [title, about, relative] of panels) {
     const chart = new Chart(times, title + " by t", about, () => ({
-      lines: timeLines(relative), references: [], share: false, xLabel: "t", whiskers: true, told,
+      lines: timeLines(relative), references: [], share: false, xLabel: "t", whiskers: true, domain: [0, 1], told,
     }));
     at("time-panels").append(chart.figure);
   }

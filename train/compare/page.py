@@ -137,4 +137,6 @@ def _pictures_lead(album: Album) -> str:
     if not album.painted:
         return "No run has painted held-out samples yet."
     less = f" {album.num_left_out:,} pictures of steps between are left out." if album.num_left_out else ""
-    return f"Held-out drawings, painted by each run with the same noise. Click a picture to enlarge it.{less}"
+    return (
+        f"Held-out drawings, painted by each run; runs of one seed begin from the same noise. Click to enlarge.{less}"
+    )
