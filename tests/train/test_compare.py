@@ -20,6 +20,7 @@ from tests.shared.test_inspect import Browser, in_browser
 from tests.train.conftest import train_options
 from tests.train.made_sweep import make_run
 from train.compare import settings, words, write
+from train.compare.__main__ import main
 from train.compare.data import Comparison, Figure, figures
 from train.compare.gather import gather, named
 from train.compare.measures import BY_NAME
@@ -285,6 +286,20 @@ def test_what_a_shell_brings_along_is_passed_over_and_nothing_at_all_is_refused(
         find([tmp_path / "nowhere"])
     with pytest.raises(UserError, match="no run in"):
         find([tmp_path])
+
+
+def test_the_command_writes_the_page(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "page.html"
+    runs = [str(sweep / "depth-1-1_seed-0"), str(sweep / "depth-2-4_seed-0")]
+    monkeypatch.setattr("sys.argv", ["compare", "--runs", *runs, "--out", str(out)])
+    assert main() == 0
+    assert f"{out}: " in capsys.readouterr().out
+    assert len(embedded(out.read_text())["runs"]) == 2
+    monkeypatch.setattr("sys.argv", ["compare"])
+    with pytest.raises(UserError, match="--runs needs"):
+        main()
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
