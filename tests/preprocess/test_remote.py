@@ -14,9 +14,11 @@ import pytest
 
 from preprocess.config import PreprocessConfig
 from preprocess.engine import EngineOptions
+from preprocess.engines import processes
 from preprocess.pipeline import preprocess
 from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
+from tests import forked
 from tests.conftest import preprocess_options
 from tests.preprocess.runs import contents, ran
 from tests.preprocess.test_kill import Children
@@ -95,8 +97,9 @@ def test_a_run_that_is_killed_is_completed_by_another_machine(
 
 
 def test_several_processes_make_the_same_remote_cache(
-    url: str, tiny_data: Path, tiny_model: Path, tiny_cache: Path, tmp_path: Path
+    url: str, tiny_data: Path, tiny_model: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(processes, "multiprocessing", forked.Multiprocessing())
     engine = EngineOptions(processes=2)
     assert preprocess(options_of(tiny_data, tiny_model, url, tmp_path / "one", engine=engine)) == 0
     assert in_bucket(url) == in_folder(tiny_cache)

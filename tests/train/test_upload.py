@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from shared.errors import EXIT_REFUSED, UserError
+from tests.prepared import Prepared
 from tests.shared.servers import unused_port
 from tests.train.hub import TOKEN, Hub, hub
 from tests.train.made_run import make_run
@@ -17,6 +17,8 @@ from train.export import ExportConfig, export
 from train.upload import UploadConfig
 
 ROOT = Path(__file__).parents[2]
+PREPARED = Prepared(("torch", "train.adapters.controlnet"), {})
+"""The client, which reads the environment as it is imported, is not."""
 
 
 @pytest.fixture
@@ -29,10 +31,8 @@ def send(url: str, run: Path, *words: str, token: str | None = TOKEN) -> subproc
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(run.parent / "home"), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "NO_PROXY": "*"} | ({"HF_TOKEN": token} if token else {})
-    return subprocess.run(
-        [sys.executable, "-m", "train.upload", "--run", str(run), "--repo", "me/boxes", *words],
-        cwd=run.parent, capture_output=True, text=True, check=False, env=environment, timeout=120,
-    )  # fmt: skip
+    program = "import runpy; runpy.run_module('train.upload', run_name='__main__', alter_sys=True)"
+    return PREPARED.run(program, ["--run", str(run), "--repo", "me/boxes", *words], cwd=run.parent, env=environment)
 
 
 def test_the_folder_arrives_in_one_commit_with_the_repository_s_name_in_its_card(run: Path) -> None:
