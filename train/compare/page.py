@@ -137,6 +137,4 @@ def _pictures_lead(album: Album) -> str:
     if not album.painted:
         return "No run has painted held-out samples yet."
     less = f" {album.num_left_out:,} pictures of steps between are left out." if album.num_left_out else ""
-    return (
-        f"Held-out drawings, painted by each run; those of one seed begin from the same noise. Click to enlarge.{less}"
-    )
+    return f"Held-out drawings, painted by each run from the same noise. Click to enlarge.{less}"

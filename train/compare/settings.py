@@ -14,7 +14,13 @@ from train.compare.statistics import mean_interval
 from train.config import MAY_CHANGE
 
 _NAMES = ("name", "runs")
-_OF_LOOKS = ("validation.samples", "validation.timesteps", "validation.adherence_samples", "validation.picture_steps")
+_OF_LOOKS = (
+    "validation.seed",
+    "validation.samples",
+    "validation.timesteps",
+    "validation.adherence_samples",
+    "validation.picture_steps",
+)
 
 
 def compare(runs: Sequence[RunData], ranked_by: str | None, notes: Sequence[str]) -> Comparison:
