@@ -36,10 +36,11 @@ class Convergence:
     """A sudden rise."""
 
     step: int
-    """At which half of it was done: the nearest one that was looked at."""
+    """The first one looked at by which half of it was done."""
     before: float
-    """The level until then."""
+    """The mean until it began."""
     after: float
+    """The mean since it was done."""
     begun: int
     """The last step looked at before the rise."""
     done: int
@@ -59,7 +60,7 @@ def find(steps: Sequence[int], values: Sequence[float], errors: Sequence[float] 
     span = s[-1] - s[0]
     spacing = float(np.median(np.diff(s)))
     scales = span * _WIDEST / _TENTH_TO_NINE_TENTHS * np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
-    scales = np.unique(np.maximum(scales, spacing / _TENTH_TO_NINE_TENTHS))
+    scales = np.unique(np.maximum(scales, spacing / 10))  # narrower is between two looks, and all the same
     middles = np.unique(np.concatenate([s, (s[1:] + s[:-1]) / 2]))
     middles = middles[:: max(1, len(middles) // 200)]
     rises = {
@@ -68,7 +69,7 @@ def find(steps: Sequence[int], values: Sequence[float], errors: Sequence[float] 
         for scale in scales
     }
     (middle, scale), rest = min(((key, _rest(y, shape)) for key, shape in rises.items()), key=lambda found: found[1])
-    before, rise = _fitted(y, rises[middle, scale])
+    _, rise = _fitted(y, rises[middle, scale])
     half = scale * _TENTH_TO_NINE_TENTHS / 2
     flat_before, flat_after = s < middle - half, s > middle + half
     if rise <= 0 or flat_before.sum() < _FLAT or flat_after.sum() < _FLAT:
@@ -81,9 +82,9 @@ def find(steps: Sequence[int], values: Sequence[float], errors: Sequence[float] 
     if _criterion(rest, len(y), 4) + _MUCH_BETTER > min(_gradual(s, y)):
         return None
     return Convergence(
-        step=int(s[np.abs(s - middle).argmin()]),
-        before=float(before),
-        after=float(before + rise),
+        step=int(s[s >= middle][0]),
+        before=float(y[flat_before].mean()),
+        after=float(y[flat_after].mean()),
         begun=int(s[flat_before][-1]),
         done=int(s[flat_after][0]),
     )

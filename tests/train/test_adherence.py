@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +115,7 @@ def test_thinned_lines_are_a_pixel_wide_and_whole() -> None:
 
 def test_ssim_is_that_of_the_paper() -> None:
     random = np.random.default_rng(0)
-    a, b = (random.integers(0, 255, (40, 30, 3), np.uint8) for _ in range(2))
+    a, b = (random.integers(0, 12, (40, 30, 3), np.uint8) for _ in range(2))  # dark: the constants weigh
     b = (0.7 * a + 0.3 * b).astype(np.uint8)
     kernel = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
     window = np.outer(kernel, kernel) / np.outer(kernel, kernel).sum()
@@ -328,8 +327,8 @@ def test_sudden_convergence_is_said_once_and_noted(
     [noted] = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
     found = noted["convergence"]["held_out/condition_gap"]
     assert found["begun"] <= 3 < 4 <= found["done"]
-    assert re.search(r"at step [34]: held_out/condition_gap went from 0\.000 to 0\.20", said)
-    assert found["step"] in (3, 4)
+    assert found["step"] == 4
+    assert "at step 4: held_out/condition_gap went from 0.000 to 0.200" in said
 
 
 # The detector's process

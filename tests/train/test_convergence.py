@@ -43,7 +43,7 @@ def test_a_rise_over_some_looks_is_marked_at_its_half() -> None:
     *(0.15 * (1 - np.exp(-S / rate)) for rate in (100, 300, 1000, 3000)),
     0.15 / (1 + np.exp(-(S - 5000) / 2000)),
     np.where(S > 4000, 0.0, 0.15),
-    np.where(S > 9600, 0.15, 0.0),
+    np.where(S > 9800, 0.15, 0.0),
 ], ids=["noise", "line", "root", "at once", "soon", "later", "slowly", "wide", "fall", "not yet over"])  # fmt: skip
 def test_noise_and_gradual_rises_are_no_sudden_convergence(curve: np.ndarray) -> None:
     assert [find(STEPS, list(curve + noise(seed, 0.005))) for seed in range(10)] == [None] * 10
