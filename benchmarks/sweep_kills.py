@@ -123,6 +123,7 @@ class Experiment:
             os.setsid()
             for number, handle in ((0, theirs), (1, _appending(log)), (2, _appending(log))):
                 os.dup2(handle, number)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as a started process has it: the sweep's lock is the sweep's
             _be(module, words, prepare)
         os.close(theirs)
 
