@@ -116,7 +116,7 @@ def test_thinned_lines_are_a_pixel_wide_and_whole() -> None:
 def test_ssim_is_that_of_the_paper() -> None:
     random = np.random.default_rng(0)
     a, b = (random.integers(0, 12, (40, 30, 3), np.uint8) for _ in range(2))  # dark: the constants weigh
-    b = (0.7 * a + 0.3 * b).astype(np.uint8)
+    b = (0.3 * a + 0.2 * b).astype(np.uint8)
     kernel = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
     window = np.outer(kernel, kernel) / np.outer(kernel, kernel).sum()
     values = []
