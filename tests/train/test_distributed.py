@@ -114,7 +114,7 @@ def exit_codes(both: list[ForkServerProcess], world: World) -> list[int | None]:
 
 
 def looks() -> dict[str, int]:
-    return {"every": 3, "pictures_every": 6, "samples": 2, "timesteps": 2, "pictures": 1}
+    return {"every": 6, "pictures_every": 6, "samples": 2, "timesteps": 2, "pictures": 1}
 
 
 WORLDS = {
