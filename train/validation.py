@@ -1,6 +1,6 @@
 """Does it learn, and does it follow the drawing? Held-out losses on a fixed grid.
 
-The grid of (sample, t, noise) is the same at every step and in every run with the same seed and cache, so that losses
+The grid of (sample, t, noise) is the same at every step and in every run from the same cache, so that losses
 compare. Three losses tell apart what one cannot: with the sample's own drawing, with *another* sample's drawing, and
 without the ControlNet. A ControlNet that learns without following its condition gains on the base (`control_gap`)
 but does as well with another drawing (`condition_gap` stays near 0).
@@ -66,12 +66,17 @@ class ValidationOptions:
     detectors a second or more for each picture."""
     batch_size: int = 4
     """Samples of one model call. Needs far less memory than a training batch of the same size."""
+    seed: int = 0
+    """Of which held-out samples are looked at, and of their noise: apart from the training's, so that runs of different
+    seeds are looked at alike."""
 
     def check(self) -> None:
         """Refuse impossible values."""
         for name in ("samples", "timesteps", "pictures", "picture_steps", "adherence_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"validation.{name} must be 1 or more, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"validation.seed must be 0 or more, not {self.seed}")
         if min(self.every, self.pictures_every, self.adherence_every) < 0:
             raise UserError(
                 "validation.every, validation.pictures_every and validation.adherence_every must be 0 (off) or more"
