@@ -205,7 +205,7 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round_and_says_
     said = capsys.readouterr().out
     assert "this run goes on with 1 process(es), it had 2" in said
     assert "the same samples as before (1 x 2 batch(es) of 2)" in said
-    assert "differ from what they would have been by rounding" in said
+    assert "gradients are now summed in another order" in said
     assert losses(tmp_path / "turns") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
