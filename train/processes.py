@@ -135,5 +135,5 @@ def changed(run: Run, num_processes: int, loader: LoaderOptions) -> str | None:
     return (
         f"this run goes on with {num_processes} process(es), it had {before}: a step is of the same samples as before "
         f"({num_processes} x {loader.accumulation} batch(es) of {loader.batch_size}), with the same noise and times; "
-        "but gradients are now summed in another order, so that figures differ by rounding from those of before"
+        "but gradients are now summed in another order, so that figures differ by rounding from an undisturbed run's"
     )
