@@ -1,7 +1,7 @@
 """What does it paint? Held-out samples painted from fixed noise, with control and without, and as the VAE gives back
 the originals. Pictures to look at and the measure of adherence share them.
 
-Letters: B = samples of one model call, T = tokens, C = channels of one.
+Letters: B = samples of one model call; latents are (B, ...), for FLUX (B, T, C).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Painter:
     def _originals(self) -> dict[int, torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
         for part, batch in self.validation.batches(self.indices):
-            found |= dict(zip(part, self.validation.latents(batch, "latents"), strict=True))
+            found |= dict(zip(part, self.validation.latents(batch), strict=True))
         return found
 
     def _painted(self, adapter: ControlNetAdapter, indices: list[int], control: Control) -> dict[int, torch.Tensor]:
@@ -89,10 +89,10 @@ class Painter:
         validation = self.validation
         found: dict[int, torch.Tensor] = {}
         for part, batch in validation.batches(indices):
-            condition = validation.latents(batch, "condition_latents")
-            inputs = validation.family.inputs(batch, condition, validation.dtype)
-            noise = torch.stack([fixed_noise(condition.shape[1:], validation.seed, index, 0, _NOISE) for index in part])
-            noise = noise.to(condition)
+            inputs = validation.family.inputs(batch, validation.condition(batch), validation.dtype)
+            x_0 = validation.latents(batch)
+            noise = torch.stack([fixed_noise(x_0.shape[1:], validation.seed, index, 0, _NOISE) for index in part])
+            noise = noise.to(x_0)
             ahead = None if validation.modulation is None else validation.rows([part], self._times(noise[:1]))
             found |= dict(zip(part, self._sampled(adapter, noise, inputs, control, ahead), strict=True))
         return found

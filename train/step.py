@@ -3,7 +3,7 @@
 Training, the benchmarks and the plan that counts memory all run this one. A step is a function of (weights, batches,
 seed): times, noise and rounding are drawn from the seed and a position.
 
-Letters: B samples in a batch, T image tokens, C channels of a token.
+Letters: B samples in a batch; latents are (B, ...), for FLUX (B, T, C).
 """
 
 from __future__ import annotations
@@ -73,18 +73,13 @@ class Step:
         family, recipes = self.family, self.recipes
         generator = self._generator(self.device, batch.position, NOISE)
         x_0 = family.model_latents(batch.role("latents"), recipes["latents"], generator, self.dtype)
-        condition = family.model_latents(
-            batch.role("condition_latents"),
-            recipes["condition_latents"],
-            generator if self.condition_draw else None,
-            self.dtype,
-        )
+        condition = family.condition(batch, recipes, generator if self.condition_draw else None, self.dtype)
         inputs = family.inputs(batch, condition, self.dtype)
         t = send(self.times(batch.position, len(batch)), self.device)
         noised = self.objective.noise(x_0, t, generator)  # x_t, t, target, weight
         if self.modulation is not None:
             self.modulation.use(batch.position, len(batch))
-        prediction = self.adapter.predict(noised.x_t, noised.t, inputs)  # (B, T, C)
+        prediction = self.adapter.predict(noised.x_t, noised.t, inputs)  # (B, ...)
         return self.objective.loss(prediction, noised)
 
     def backward(self, batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:

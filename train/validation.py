@@ -165,9 +165,13 @@ class Validation:
             slots += [torch.nn.functional.pad(embeds, (0, 0, 0, R - len(part)))] * len(t)
         return self.modulation.compute(t.repeat(len(parts))[:, None].expand(-1, R), torch.stack(slots))
 
-    def latents(self, batch: Batch, role: str) -> torch.Tensor:
-        """Final latents (B, T, C), nothing drawn: posterior means, or the draws that are cached in their place."""
-        return self.family.model_latents(batch.role(role), self.samples.recipes[role], None, self.dtype)
+    def latents(self, batch: Batch) -> torch.Tensor:
+        """Final latents (B, ...), nothing drawn: posterior means, or the draws that are cached in their place."""
+        return self.family.model_latents(batch.role("latents"), self.samples.recipes["latents"], None, self.dtype)
+
+    def condition(self, batch: Batch) -> torch.Tensor:
+        """What the ControlNet is shown, nothing drawn."""
+        return self.family.condition(batch, self.samples.recipes, None, self.dtype)
 
     @torch.no_grad()
     def losses(self, adapter: ControlNetAdapter, control: Control) -> torch.Tensor:
@@ -181,12 +185,12 @@ class Validation:
         losses = torch.full((len(indices), J), math.nan)
         neighbours = {index: self.neighbour(index) for index in indices}
         for k, (part, batch) in enumerate(self.batches(indices)):
-            x_0 = self.latents(batch, "latents")
-            condition = self.latents(batch, "condition_latents")
+            x_0 = self.latents(batch)
+            condition = self.condition(batch)
             if control == "other":
                 others = [neighbours[index] for index in part]
                 theirs = self.samples.batch(others, conditions=[self.samples.condition_of(index) for index in part])
-                condition = self.latents(to_device(theirs, self.device), "condition_latents")
+                condition = self.condition(to_device(theirs, self.device))
             inputs = self.family.inputs(batch, condition, self.dtype)
             for j in range(J):
                 if self._grid_rows is not None:
@@ -260,7 +264,7 @@ class Validation:
 def predict(
     adapter: ControlNetAdapter, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, control: Control
 ) -> torch.Tensor:
-    """The model's prediction (B, T, C), with or without the ControlNet."""
+    """The model's prediction (B, ...), with or without the ControlNet."""
     if control == "none":
         return adapter.predict_without(x_t, t, inputs)
     return adapter.predict(x_t, t, inputs)

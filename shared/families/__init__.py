@@ -1,4 +1,5 @@
-"""Model families. The folder is the registry: one file per family, each defining `FAMILY`."""
+"""Model families. The folder is the registry: one file per family, each defining `FAMILY`. What several of them are
+made of lies in `parts`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 def names() -> list[str]:
     """The families that are there."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(
+        module.name for module in pkgutil.iter_modules(__path__) if module.name != "base" and not module.ispkg
+    )
 
 
 def get(name: str) -> Family:

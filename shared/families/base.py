@@ -1,6 +1,8 @@
 """The questions that a model family answers. Nobody else asks which family it is.
 
-Letters: B batch, H W pixels, h w latents (H/8, W/8), T image tokens, C channels of a token, L text tokens, D features.
+Letters: B batch, H W pixels, h w latents (H/8, W/8), L text tokens, D features, P features of a pooled embedding.
+Latents as the base takes them, x_t, are (B, ...): for FLUX (B, T, C), T image tokens of C channels; for Stable
+Diffusion (B, C, h, w).
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class LayerKind:
     """`latents`; for a layer made from the condition, the condition's name comes before it: `lineart_latents`."""
     reads: Literal["image", "condition", "caption"]
     components: tuple[str, ...]
-    """Folders of the model whose content decides the bytes. The first holds the encoder's weights."""
+    """Folders of the model whose content decides the bytes. The first holds the encoder's weights. None: the family
+    takes the condition's drawings as they are, in pixels, and has no say in them (`fields` as in `parts.pixels`)."""
     fields: tuple[Field, ...]
     """What the encoder gives; of a posterior, its moments."""
     shard_rows: int
@@ -55,7 +58,7 @@ class Batch:
     """Samples of one shape, on the device: raw tensors as they are cached, stacked.
 
     `tensors` maps "role.field" to (B, ...); roles are the family's layer names, with the condition's own name left
-    out: "latents.mean", "condition_latents.mean", "t5.prompt_embeds".
+    out: "latents.mean", "condition_latents.mean" or "condition_pixels.pixels", "t5.prompt_embeds".
     """
 
     keys: list[str]
@@ -81,7 +84,7 @@ class Inputs:
     """What the model is called with beside x_t and t: prepared once per batch, final."""
 
     condition: torch.Tensor | None
-    """(B, T, C) packed condition latents."""
+    """What `Family.condition` makes: FLUX's packed latents (B, T, C), Stable Diffusion's pixels (B, 3, H, W)."""
     embeds: Tensors
     """The text embeddings under the model's own argument names."""
     height: int
@@ -92,7 +95,7 @@ Encode = Callable[[Any], Tensors]
 """uint8 (B, H, W, 3), or a list of captions -> tensors (B, ...) under the layer's field names, on the CPU."""
 
 Decode = Callable[[torch.Tensor, int, int], torch.Tensor]
-"""x_0 (B, T, C), height, width -> uint8 (B, H, W, 3) on the CPU."""
+"""x_0 (B, ...), height, width -> uint8 (B, H, W, 3) on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Order:
     scale: float
     """How strongly the ControlNet acts: 0 paints without it."""
     text_length: int
-    """T5 tokens: the length of the training cache."""
+    """Text tokens: the length of the training cache."""
     control_mode: int | None = None
     control_start: float = 0.0
     """Share of the denoising before which the ControlNet does not act, in [0, 1)."""
@@ -140,9 +143,18 @@ class Family(ABC):
     size_multiple: ClassVar[int]
     """Height and width are multiples of this many pixels."""
     layers: ClassVar[tuple[LayerKind, ...]]
+    min_text_length: ClassVar[int] = 1
     max_text_length: ClassVar[int]
-    pooled: ClassVar[str]
-    """The "layer.field" that `time_embedding` takes beside t."""
+    objective: ClassVar[Literal["flow", "ddpm"]]
+    """What the base has learned to predict. flow: the velocity between data and noise, at t in [0, 1]; ddpm: the noise
+    (or v) of a chain of steps, at t = 0, 1, ... 999, whose `noise_schedule` it has."""
+    guidance_scale: ClassVar[float | None] = None
+    """How far pictures are moved away from what the empty caption gives (classifier-free guidance). None: the base was
+    distilled, one call does."""
+    has_depths: ClassVar[bool] = True
+    """Whether a ControlNet may have more or fewer of the base's blocks. Where it may not, every depth is (0, 0)."""
+    pooled: ClassVar[str] = ""
+    """The "layer.field" that `time_embedding` takes beside t. Only with `modulations`."""
 
     # Stage 1: samples -> layers
 
@@ -213,27 +225,33 @@ class Family(ABC):
     def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
         """The transformer blocks of a base or of a ControlNet, in the order in which they run."""
 
-    @abstractmethod
     def modulations(self, base: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """Qualified name to module of the layers that act on the time embedding alone: nothing that is trained comes
-        before them, so that what they give can be computed ahead."""
+        before them, so that what they give can be computed ahead. By default there are none."""
+        return {}
 
-    @abstractmethod
     def time_embedding(
         self, base: torch.nn.Module, t: torch.Tensor, guidance: float, pooled: torch.Tensor
     ) -> torch.Tensor:
         """(B, D): what the `modulations` are called with, for t (B,) in [0, 1] and the pooled text embedding (B, P) in
-        the base's dtype. Computed as the base's own forward does it, to the bit."""
+        the base's dtype. Computed as the base's own forward does it, to the bit. Asked for with `modulations` only."""
+        raise AssertionError(f"{self.name} has no modulations")
+
+    def noise_schedule(self, model: ModelFolder | None = None) -> torch.Tensor:
+        """(1000,) fp32: the share of the data's variance that is left at each t (alphas_cumprod), where `objective` is
+        ddpm. From the configuration of the model's scheduler; without a `model`, or one, of `default_model`."""
+        raise AssertionError(f"{self.name} is not trained on a chain of steps")
 
     @abstractmethod
     def attention_shape(self, base: torch.nn.Module, height: int, width: int, text_length: int) -> tuple[int, int, int]:
         """(heads, tokens, features of a head) of the base's attention over a picture of this many pixels and a text of
         this many tokens."""
 
-    @abstractmethod
     def max_depth(self, model: ModelFolder | None = None) -> tuple[int, int]:
-        """The deepest ControlNet that this base can initialise: (num_layers, num_single_layers). Without a `model`: of
-        `default_model`, which then need not be on this machine."""
+        """The deepest ControlNet that this base can initialise: (num_layers, num_single_layers), (0, 0) without
+        `has_depths`. Without a `model`: of `default_model`, which then need not be on this machine."""
+        assert not self.has_depths
+        return 0, 0
 
     @abstractmethod
     def sample_shapes(
@@ -266,19 +284,20 @@ class Family(ABC):
     def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:
         """An existing ControlNet from a folder or a hub id."""
 
-    @abstractmethod
     def controlnet_depth(self, source: str) -> tuple[int, int]:
         """(num_layers, num_single_layers) of an existing ControlNet in a folder or under a hub id, from its
-        configuration. Raises `UserError`."""
+        configuration; (0, 0) without `has_depths`. Raises `UserError`."""
+        assert not self.has_depths
+        return 0, 0
 
     @abstractmethod
     def check_controlnet(self, controlnet: torch.nn.Module, base: torch.nn.Module, control_mode: int | None) -> None:
         """Refuse (`UserError`) an existing ControlNet that does not fit the base."""
 
-    @abstractmethod
     def unread_residuals(self, model: ModelFolder, depth: tuple[int, int]) -> tuple[int, int]:
         """Of a ControlNet of this depth, how many residuals of each kind the base never adds: blocks that are computed
-        and, in part, trained for nothing."""
+        and, in part, trained for nothing. By default none."""
+        return 0, 0
 
     @abstractmethod
     def has_idle_parameters(self, base: torch.nn.Module, controlnet: torch.nn.Module) -> bool:
@@ -288,9 +307,16 @@ class Family(ABC):
     def model_latents(
         self, raw: Tensors, recipe: Mapping[str, Any], generator: torch.Generator | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Raw latents, (B, 16, h, w) under the layer's field names -> final latents (B, T, C): shifted and scaled as
-        the layer's recipe says, packed. Of "mean" and "std" a draw of the posterior, without a generator the mean; a
-        lone "mean" or "sample" as it is. Computed in fp32, rounded once."""
+        """Raw latents, (B, C, h, w) under the layer's field names -> final latents (B, ...): shifted and scaled as the
+        layer's recipe says, packed where the base takes tokens. Of "mean" and "std" a draw of the posterior, without a
+        generator the mean; a lone "mean" or "sample" as it is. Computed in fp32, rounded once."""
+
+    @abstractmethod
+    def condition(
+        self, batch: Batch, recipes: Mapping[str, Any], generator: torch.Generator | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What the ControlNet is shown of this batch, final: `Inputs.condition`. `recipes`: layer to recipe, by the
+        family's names. Latents are drawn as in `model_latents`; of pixels nothing is drawn."""
 
     @abstractmethod
     def inputs(self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype) -> Inputs:
@@ -301,13 +327,13 @@ class Family(ABC):
         self, controlnet: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, guidance: float,
         control_mode: int | None, scale: float = 1.0,
     ) -> Any:  # fmt: skip
-        """What the ControlNet adds to the base's blocks."""
+        """What the ControlNet adds to the base's blocks: groups of tensors, each a list or None."""
 
     @abstractmethod
     def predict(
         self, base: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, guidance: float, residuals: Any
     ) -> torch.Tensor:
-        """The base's prediction (B, T, C) for x_t (B, T, C) at t (B,) in [0, 1]."""
+        """The base's prediction for x_t, in its shape (B, ...), at t (B,) as the `objective` counts it."""
 
     @abstractmethod
     def sample(
@@ -316,8 +342,10 @@ class Family(ABC):
         noise: torch.Tensor,
         num_steps: int,
         step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        scheduler: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """Integrate from noise (B, T, C) to x_0 with the pipeline's own schedule; `step(x_t, t)` predicts."""
+        """Integrate from noise (B, ...) to x_0 as the pipeline does; `step(x_t, t)` predicts. `scheduler`: settings of
+        the model's scheduler that training has changed, as its prediction_type."""
 
     @abstractmethod
     def open_decoder(self, model: ModelFolder, device: str, dtype: torch.dtype) -> Decode:

@@ -7,10 +7,8 @@ channels of a token, L text tokens.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,12 +31,9 @@ from shared.families.base import (
     Posterior,
     Tensors,
 )
-from shared.model_folder import ModelFolder, resolve, tensors_sha256
-
-_MOMENTS = (
-    Field("mean", "as encoded", "16 h w", "mean of the VAE's posterior, raw: neither shifted nor scaled"),
-    Field("std", "as encoded", "16 h w", "standard deviation of the posterior, raw"),
-)
+from shared.families.parts import autoencoder, clip, t5
+from shared.families.parts.component import count_tokens
+from shared.model_folder import ModelFolder, resolve
 
 FLUX_1_DEV: Mapping[str, Any] = {
     "_class_name": "FluxTransformer2DModel",
@@ -73,12 +68,10 @@ class Flux(Family):
     }
     size_multiple = 16  # VAE 8x, then 2x2 latents to a token
     max_text_length = 512
+    objective = "flow"
     pooled = "clip.pooled_prompt_embeds"
     layers = (
-        LayerKind("latents", "image", ("vae",), _MOMENTS, shard_rows=256),
-        LayerKind("condition_latents", "condition", ("vae",), tuple(
-            Field(f.name, f.dtype, f"R {f.shape}", f"{f.meaning}; R drawings of the sample") for f in _MOMENTS
-        ), shard_rows=256),
+        *autoencoder.layers(channels=16, condition=True),
         LayerKind("clip", "caption", ("text_encoder", "tokenizer"), (
             Field("pooled_prompt_embeds", "as encoded", "P", "CLIP's pooled output of 77 tokens; FLUX.1-dev: P = 768"),
         ), shard_rows=4096),
@@ -102,16 +95,11 @@ class Flux(Family):
                 raise UserError(f"{component} of model {model.name} is a '{found}', where FLUX.1-dev has '{expected}'")
         for component in ("vae", "text_encoder", "text_encoder_2"):
             model.tensor_names(component)
-        _clip_tokenizer(model)
-        _t5_tokenizer(model)
+        clip.tokenizer(model)
+        t5.tokenizer(model)
 
     def fields(self, layer: LayerKind, posterior: Posterior) -> tuple[Field, ...]:
-        if layer.components[0] != "vae" or posterior == "moments":
-            return layer.fields
-        [mean] = [field for field in layer.fields if field.name == "mean"]
-        if posterior == "mean":
-            return (mean,)
-        return (replace(mean, name="sample", meaning=mean.meaning.replace("mean of", "one draw of", 1)),)
+        return autoencoder.fields(layer, posterior) if layer.components[0] == "vae" else layer.fields
 
     def encoder_recipe(
         self, layer: LayerKind, model: ModelFolder, text_length: int, posterior: Posterior = "moments"
@@ -121,12 +109,7 @@ class Flux(Family):
             "encoder": {component: model.sha256(component) for component in layer.components},
         }
         if layer.components[0] == "vae":
-            config = model.config("vae")
-            recipe["shift"], recipe["scale"] = config["shift_factor"], config["scaling_factor"]
-            # Training loads the decoder alone and recognises by this that it belongs to the latents.
-            recipe["decoder_sha256"] = decoder_sha256(model)
-            if posterior != "moments":
-                recipe["posterior"] = posterior
+            recipe |= autoencoder.recipe(model, posterior)
         if layer.name == "t5":
             recipe["text_length"] = text_length
         return recipe
@@ -135,20 +118,13 @@ class Flux(Family):
         self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype, text_length: int
     ) -> Encode:
         if layer.components[0] == "vae":
-            return _open_vae_encoder(model, device, dtype)
+            return autoencoder.open_encoder(model, device, dtype)
         if layer.name == "clip":
-            return _open_clip(model, device, dtype)
-        return _open_t5(model, device, dtype, text_length)
+            return clip.open_pooled(model, device, dtype)
+        return t5.open_tokens(model, device, dtype, text_length)
 
     def keep(self, layer: LayerKind, tensors: Tensors, posterior: Posterior, seed: str) -> Tensors:
-        if layer.components[0] != "vae" or posterior == "moments":
-            return tensors
-        mean = tensors["mean"]
-        if posterior == "mean":
-            return {"mean": mean}
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
-        noise = torch.randn(mean.shape, generator=generator)
-        return {"sample": (mean.float() + tensors["std"].float() * noise).to(mean.dtype)}
+        return autoencoder.keep(tensors, posterior, seed) if layer.components[0] == "vae" else tensors
 
     def row_bytes(
         self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int,
@@ -163,12 +139,7 @@ class Flux(Family):
         return numbers * dtype.itemsize + 1024  # two tar blocks: the member's header, and the tensors' own
 
     def count_tokens(self, model: ModelFolder, captions: Sequence[str]) -> list[int]:
-        tokenizer = _t5_tokenizer(model)
-        counts: list[int] = []
-        for i in range(0, len(captions), 1000):  # a tokenizer's answer takes some KB for each caption
-            ids = tokenizer(list(captions[i : i + 1000]), truncation=False, verbose=False).input_ids
-            counts += map(len, ids)
-        return counts
+        return count_tokens(t5.tokenizer(model), list(captions))
 
     def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
         return sum(num_tokens > text_length for num_tokens in self.count_tokens(model, captions))
@@ -196,7 +167,7 @@ class Flux(Family):
         if not model.has("vae"):
             return f"model {model.name} has no vae folder: no pictures will be made while training"
         stated = recipes["latents"].get("decoder_sha256")
-        if (found := decoder_sha256(model)) != stated:
+        if (found := autoencoder.decoder_sha256(model)) != stated:
             raise UserError(
                 f"this cache was encoded with another VAE than the one in {model.name} (decoder {found[:8]}, cache "
                 f"{str(stated)[:8]}); preprocess again with MODEL={model.name}, or train on the model it was made with"
@@ -344,11 +315,12 @@ class Flux(Family):
     def model_latents(
         self, raw: Tensors, recipe: Mapping[str, Any], generator: torch.Generator | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        latents = (raw["sample"] if "sample" in raw else raw["mean"]).float()
-        if "std" in raw and generator is not None:
-            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-            latents = latents + raw["std"].float() * noise
-        return pack((latents - recipe["shift"]) * recipe["scale"]).to(dtype)
+        return pack(autoencoder.final_latents(raw, recipe, generator)).to(dtype)
+
+    def condition(
+        self, batch: Batch, recipes: Mapping[str, Any], generator: torch.Generator | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return self.model_latents(batch.role("condition_latents"), recipes["condition_latents"], generator, dtype)
 
     def inputs(self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype) -> Inputs:
         prompt_embeds = batch.tensors["t5.prompt_embeds"].to(dtype)
@@ -405,42 +377,31 @@ class Flux(Family):
         noise: torch.Tensor,
         num_steps: int,
         step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        scheduler: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
+        assert not scheduler, "flow matching changes nothing of the scheduler"
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         if model.has("scheduler"):
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model.path / "scheduler")
+            euler = FlowMatchEulerDiscreteScheduler.from_pretrained(model.path / "scheduler")
         else:  # FLUX.1-dev's own settings
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-        scheduler.set_timesteps(
+            euler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        euler.set_timesteps(
             sigmas=np.linspace(1.0, 1 / num_steps, num_steps),
             device=noise.device,
-            mu=resolution_shift(noise.shape[1], scheduler.config) if scheduler.config["use_dynamic_shifting"] else None,
+            mu=resolution_shift(noise.shape[1], euler.config) if euler.config["use_dynamic_shifting"] else None,
         )
         x_t = noise
-        for timestep in scheduler.timesteps:
+        for timestep in euler.timesteps:
             t = timestep.expand(len(x_t)).to(x_t.dtype) / 1000
-            x_t = scheduler.step(step(x_t, t), timestep, x_t, return_dict=False)[0]
+            x_t = euler.step(step(x_t, t), timestep, x_t, return_dict=False)[0]
         return x_t
 
     def open_decoder(self, model: ModelFolder, device: str, dtype: torch.dtype) -> Decode:
-        from diffusers import AutoencoderKL
+        to_pixels = autoencoder.open_decoder(model, device, dtype)
 
-        config = model.config("vae")
-        with torch.device("meta"):
-            vae = AutoencoderKL.from_config(config)
-        del vae.encoder, vae.quant_conv
-        weights = {
-            name: tensor for prefix in ("decoder.", "post_quant_conv.") for name, tensor in model.tensors("vae", prefix)
-        }
-        vae.load_state_dict(weights, assign=True)
-        vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-        @torch.no_grad()
         def decode(x_0: torch.Tensor, height: int, width: int) -> torch.Tensor:
-            latents = unpack(x_0, height // 8, width // 8).to(device=device, dtype=dtype)
-            pixels = vae.decode(latents / config["scaling_factor"] + config["shift_factor"], return_dict=False)[0]
-            return (pixels.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            return to_pixels(unpack(x_0, height // 8, width // 8))
 
         return decode
 
@@ -482,9 +443,9 @@ class Flux(Family):
 
     def tiny(self, folder: Path, seed: int = 0) -> Path:
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+        from transformers import T5Config, T5EncoderModel
 
-        clip_tokenizer, t5_tokenizer = _tiny_tokenizers()
+        clip_tokenizer, t5_tokenizer = clip.tiny_tokenizer(), t5.tiny_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             FluxPipeline(
@@ -494,11 +455,7 @@ class Flux(Family):
                     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                     scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
                 ),
-                text_encoder=CLIPTextModel(CLIPTextConfig(
-                    vocab_size=len(clip_tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=1,
-                    num_attention_heads=2, projection_dim=24, bos_token_id=clip_tokenizer.bos_token_id,
-                    eos_token_id=clip_tokenizer.eos_token_id, pad_token_id=clip_tokenizer.pad_token_id,
-                )),
+                text_encoder=clip.tiny_encoder(clip_tokenizer),
                 tokenizer=clip_tokenizer,
                 text_encoder_2=T5EncoderModel(T5Config(
                     vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4,
@@ -511,22 +468,6 @@ class Flux(Family):
                 ),
             ).save_pretrained(folder)  # fmt: skip
         return folder
-
-
-def _tiny_tokenizers() -> tuple[Any, Any]:
-    """A CLIP tokenizer of single bytes and a T5 tokenizer of single characters."""
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPTokenizer, T5TokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: i for i, token in enumerate([*alphabet, *(f"{letter}</w>" for letter in alphabet), *special])}
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    pieces += [(chr(code), -8.0) for code in range(33, 127)]
-    return (
-        CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
-        T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512),
-    )
 
 
 def _unread(blocks: tuple[int, int], depth: tuple[int, int]) -> tuple[int, int]:
@@ -615,11 +556,6 @@ def resolution_shift(num_tokens: int, scheduler: Mapping[str, Any]) -> float:
     return mu_0 + (num_tokens - n_0) * (mu_1 - mu_0) / (n_1 - n_0)
 
 
-def decoder_sha256(model: ModelFolder) -> str:
-    """Digest of the VAE's decoder tensors alone."""
-    return tensors_sha256(model.tensors("vae", "decoder."))
-
-
 def resolve_controlnet(source: str) -> Path:
     """A ControlNet's folder from a hub id (its files lie at the top of the repository)."""
     return resolve(source, components=(), extra=("*.json", "*.safetensors")).path
@@ -631,113 +567,6 @@ def _controlnet_folder(source: str) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no ControlNet: config.json is missing")
     return folder
-
-
-def _loaded(kind: Any, model: ModelFolder, component: str, dtype: torch.dtype) -> Any:
-    """A component with all its weights: one that the files lack would be left at random without a word."""
-    model.weights(component)
-    module, info = kind.from_pretrained(
-        model.path / component, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"model {model.name}: the weights of {component} are not whole: {len(missing)} tensors of {kind.__name__} "
-            f"are not there (as {missing[0]}); download the model again"
-        )
-    return module.eval().requires_grad_(False)
-
-
-def _open_vae_encoder(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-    from diffusers import AutoencoderKL
-
-    vae = _loaded(AutoencoderKL, model, "vae", dtype)
-    del vae.decoder
-    vae.to(device)
-
-    @torch.no_grad()
-    def encode(images: np.ndarray) -> Tensors:
-        lead = images.shape[:-3]  # (B,) or, for a condition with several drawings, (B, R)
-        pixels = torch.from_numpy(images).flatten(0, -4).permute(0, 3, 1, 2).contiguous()
-        # The pipelines' own preprocessing: [0, 1] in fp32, then [-1, 1], then the VAE's precision.
-        pixels = (2.0 * (pixels.float() / 255.0) - 1.0).to(device=device, dtype=dtype)
-        # cuDNN's own choice for fp32 convolutions is TF32, with 10 bits of mantissa: fp32 shall be fp32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            posterior = vae.encode(pixels).latent_dist
-        return {
-            name: moment.cpu().unflatten(0, lead) for name, moment in (("mean", posterior.mean), ("std", posterior.std))
-        }
-
-    return encode
-
-
-def _clip_tokenizer(model: ModelFolder) -> Any:
-    from transformers import CLIPTokenizer
-
-    return _tokenizer(CLIPTokenizer, model, "tokenizer", "text_encoder", ("vocab.json", "merges.txt"))
-
-
-def _t5_tokenizer(model: ModelFolder) -> Any:
-    from transformers import T5TokenizerFast
-
-    return _tokenizer(T5TokenizerFast, model, "tokenizer_2", "text_encoder_2", ("spiece.model",))
-
-
-def _tokenizer(kind: Any, model: ModelFolder, component: str, encoder: str, files: tuple[str, ...]) -> Any:
-    """A tokenizer with its vocabulary (tokenizer.json, or `files`): without one it would be loaded all the same, and
-    every word would be the unknown one."""
-    folder = model.path / component
-    if not folder.is_dir():
-        raise UserError(f"model {model.name} has no folder '{component}'; expected the layout of FLUX.1-dev")
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing and not (folder / "tokenizer.json").is_file():
-        raise UserError(f"model {model.name}: {folder} lacks {' and '.join(missing)}; download the model again")
-    try:
-        tokenizer = kind.from_pretrained(folder)
-    except Exception as error:  # whatever a parser trips over in these files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model {model.name}: {folder} is not a tokenizer that can be loaded ({reason[:200]}); "
-            "download the model again"
-        ) from error
-    known, expected = len(tokenizer), model.config(encoder)["vocab_size"]
-    if not 0.9 * expected <= known <= expected:  # T5 has 28 rows of its table to spare
-        raise UserError(
-            f"model {model.name}: {component} knows {known} tokens, but {encoder} expects {expected}: they are not of "
-            "one model; download it again"
-        )
-    return tokenizer
-
-
-def _open_clip(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-    from transformers import CLIPTextModel
-
-    tokenizer = _clip_tokenizer(model)
-    encoder = _loaded(CLIPTextModel, model, "text_encoder", dtype).to(device)
-
-    @torch.no_grad()
-    def encode(captions: list[str]) -> Tensors:
-        ids = tokenizer(
-            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return {"pooled_prompt_embeds": encoder(ids.to(device)).pooler_output.to(dtype).cpu()}
-
-    return encode
-
-
-def _open_t5(model: ModelFolder, device: str, dtype: torch.dtype, text_length: int) -> Encode:
-    from transformers import T5EncoderModel
-
-    tokenizer = _t5_tokenizer(model)
-    encoder = _loaded(T5EncoderModel, model, "text_encoder_2", dtype).to(device)
-
-    @torch.no_grad()
-    def encode(captions: list[str]) -> Tensors:
-        ids = tokenizer(
-            captions, padding="max_length", max_length=text_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return {"prompt_embeds": encoder(ids.to(device))[0].to(dtype).cpu()}
-
-    return encode
 
 
 FAMILY = Flux()

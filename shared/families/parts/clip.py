@@ -1,0 +1,74 @@
+"""CLIP's text encoder: captions to the embedding of each token, and to one of the whole.
+
+B captions, L tokens with padding (77 by CLIP's nature), D features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shared.families.base import Encode
+from shared.families.parts.component import loaded
+from shared.families.parts.component import tokenizer as load_tokenizer
+from shared.model_folder import ModelFolder
+
+
+def tokenizer(model: ModelFolder, component: str = "tokenizer", encoder: str = "text_encoder") -> Any:
+    """The tokenizer of a CLIP text encoder. Raises `UserError`."""
+    from transformers import CLIPTokenizer
+
+    return load_tokenizer(CLIPTokenizer, model, component, encoder, ("vocab.json", "merges.txt"))
+
+
+def open_pooled(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+    """Captions -> "pooled_prompt_embeds" (B, D)."""
+    encode = _open(model, device, dtype)
+    return lambda captions: {"pooled_prompt_embeds": encode(captions).pooler_output.to(dtype).cpu()}
+
+
+def open_tokens(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+    """Captions -> "prompt_embeds" (B, L, D): the last layer's output, normalised, with its padding."""
+    encode = _open(model, device, dtype)
+    return lambda captions: {"prompt_embeds": encode(captions).last_hidden_state.to(dtype).cpu()}
+
+
+def _open(model: ModelFolder, device: str, dtype: torch.dtype) -> Any:
+    from transformers import CLIPTextModel
+
+    words = tokenizer(model)
+    encoder = loaded(CLIPTextModel, model, "text_encoder", dtype).to(device)
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Any:
+        ids = words(
+            captions, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return encoder(ids.to(device))
+
+    return encode
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer of single bytes, for tests."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *(f"{letter}</w>" for letter in alphabet), *special])}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def tiny_encoder(words: Any) -> Any:
+    """An encoder of 24 features with random weights for this tokenizer, for tests."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            projection_dim=24, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )  # fmt: skip

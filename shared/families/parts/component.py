@@ -1,0 +1,60 @@
+"""A folder of a pretrained pipeline, loaded whole or refused: libraries fill what is missing with random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shared.errors import UserError
+from shared.model_folder import ModelFolder
+
+
+def loaded(kind: Any, model: ModelFolder, component: str, dtype: torch.dtype) -> Any:
+    """A component with all its weights, frozen, on the CPU. Raises `UserError`: one that the files lack would be left
+    at random without a word."""
+    model.weights(component)
+    module, info = kind.from_pretrained(
+        model.path / component, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model {model.name}: the weights of {component} are not whole: {len(missing)} tensors of {kind.__name__} "
+            f"are not there (as {missing[0]}); download the model again"
+        )
+    return module.eval().requires_grad_(False)
+
+
+def tokenizer(kind: Any, model: ModelFolder, component: str, encoder: str, files: tuple[str, ...]) -> Any:
+    """A tokenizer with its vocabulary (tokenizer.json, or `files`), made for the component `encoder`. Raises
+    `UserError`: without a vocabulary it would be loaded all the same, and every word would be the unknown one."""
+    folder = model.path / component
+    if not folder.is_dir():
+        raise UserError(f"model {model.name} has no folder '{component}'; expected the layout of FLUX.1-dev")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"model {model.name}: {folder} lacks {' and '.join(missing)}; download the model again")
+    try:
+        found = kind.from_pretrained(folder)
+    except Exception as error:  # whatever a parser trips over in these files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model {model.name}: {folder} is not a tokenizer that can be loaded ({reason[:200]}); "
+            "download the model again"
+        ) from error
+    known, expected = len(found), model.config(encoder)["vocab_size"]
+    if not 0.9 * expected <= known <= expected:  # T5 has 28 rows of its table to spare
+        raise UserError(
+            f"model {model.name}: {component} knows {known} tokens, but {encoder} expects {expected}: they are not of "
+            "one model; download it again"
+        )
+    return found
+
+
+def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
+    """Tokens of each caption, its beginning and end included, nothing cut off."""
+    counts: list[int] = []
+    for i in range(0, len(captions), 1000):  # a tokenizer's answer takes some KB for each caption
+        ids = tokenizer(captions[i : i + 1000], truncation=False, verbose=False).input_ids
+        counts += map(len, ids)
+    return counts
