@@ -29,12 +29,12 @@ from torch.utils._pytree import tree_leaves
 from shared import families
 from shared.families.base import Batch, Family
 from shared.model_folder import ModelFolder
-from train import recompute
+from train import objectives, recompute
 from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions
 from train.buckets import is_large
 from train.frozen_linear import FrozenInt8Linear
 from train.modulation import HoistedLinear, hoist
-from train.objectives import FlowMatching, ObjectiveOptions
+from train.objectives import ObjectiveOptions
 from train.optimizer import Optimizer, OptimizerOptions
 from train.step import Step
 
@@ -285,7 +285,7 @@ def _step(
     step = Step(
         family,
         _Adapter(family, base, controlnet, ControlNetOptions()),
-        FlowMatching(ObjectiveOptions()),
+        objectives.make(ObjectiveOptions(), family),
         cast(Optimizer, None),  # counted up to its step, which is known
         recipes={role: {"shift": 0.0, "scale": 1.0} for role in ("latents", "condition_latents")},
         seed=0,

@@ -24,6 +24,7 @@ from train.config import TrainConfig
 from train.counting import Setting
 from train.early_stop import taken_up
 from train.loader import Loader
+from train.objectives import Kind
 from train.optimizer import learning_rate
 from train.run import Run
 from train.samples import CachedSamples
@@ -159,7 +160,7 @@ def ready(begun: Begun, fitted: fit.Fit) -> Prepared:
             say(words)
         unread = ground.family.unread_residuals(ground.model, _depth(ground.family, options, checkpoint))
         parts = ground.samples, ground.held_out
-        _warn(options, ground.remark, unread, parts, begun.before if loader.step else None)
+        _warn(options, ground.family.objective, ground.remark, unread, parts, begun.before if loader.step else None)
     return Prepared(
         options, accelerator, begun.run, ground.facts, ground.family, ground.model, fitted, loader, ground.held_out,
         checkpoint,
@@ -264,6 +265,7 @@ def setting_of(
 
 def _warn(
     options: TrainConfig,
+    kind: Kind,
     remark: str | None,
     unread: tuple[int, int],
     parts: tuple[CachedSamples, CachedSamples],
@@ -276,7 +278,7 @@ def _warn(
             warn(f"{samples.num_left_out} {what} sample(s) are left out: samples.parquet in the cache says why")
     if not len(parts[1]):
         warn("the cache has no held-out samples: no held-out loss and no pictures")
-    unused = [f"objective.{name}" for name in options.objective.unused()]
+    unused = [f"objective.{name}" for name in options.objective.unused(kind)]
     unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
     unused += [f"memory.{name}" for name in options.memory.unused()]
     unused += [f"ema.{name}" for name in options.ema.unused()]

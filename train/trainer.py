@@ -17,14 +17,14 @@ import torch
 from shared.config import to_dict
 from shared.families.base import Batch
 from shared.report import components_table, progress, quiet_libraries, say
-from train import attention, checkpoints, eight_bit, fit, models, processes
+from train import attention, checkpoints, eight_bit, fit, models, objectives, processes
 from train.baseline import Baseline
 from train.budget import grow_segments
 from train.config import TrainConfig
 from train.early_stop import taken_up
 from train.ema import Ema
 from train.looks import Looks
-from train.objectives import FlowMatching, Objective
+from train.objectives import Objective
 from train.optimizer import Optimizer, learning_rate
 from train.preparation import Prepared, dtypes, prepare
 from train.step import Step
@@ -109,7 +109,7 @@ class Trainer:
         self.adapter.module = processes.together(
             self.adapter.controlnet, accelerator, idle=self.adapter.has_idle_parameters
         )
-        self.objective: Objective = FlowMatching(options.objective)
+        self.objective: Objective = objectives.make(options.objective, family, model)
         self.step = Step(
             family, self.adapter, self.objective, self.optimizer,
             recipes=self.samples.recipes, seed=options.seed, device=self.device, dtype=self.dtype,

@@ -242,6 +242,10 @@ class Family(ABC):
         ddpm. From the configuration of the model's scheduler; without a `model`, or one, of `default_model`."""
         raise AssertionError(f"{self.name} is not trained on a chain of steps")
 
+    def prediction_type(self, model: ModelFolder | None = None) -> Literal["epsilon", "v_prediction"]:
+        """What the base predicts, in the words of its scheduler's configuration, where `objective` is ddpm."""
+        raise AssertionError(f"{self.name} is not trained on a chain of steps")
+
     @abstractmethod
     def attention_shape(self, base: torch.nn.Module, height: int, width: int, text_length: int) -> tuple[int, int, int]:
         """(heads, tokens, features of a head) of the base's attention over a picture of this many pixels and a text of

@@ -281,9 +281,10 @@ def test_shapes_that_do_not_fit_are_caught() -> None:
         flow().loss(x_0[..., :1], drawn(flow(), x_0, generator()))
 
 
-def test_flow_matching_is_an_objective() -> None:
-    objective: Objective = flow()  # mypy holds the signatures
-    assert objective.loss(latents(), drawn(objective, latents(), generator())).shape == (B,)
+def test_time_is_the_share_of_the_way_itself_and_needs_no_other_scheduler() -> None:
+    shares = torch.tensor([0.125, 0.375, 0.625, 0.875])
+    assert torch.equal(flow().time_at(shares), shares)
+    assert flow().scheduler == {}
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -300,6 +301,9 @@ def test_flow_matching_is_an_objective() -> None:
         ({"shift": -3.0}, "shift must be above 0"),
         ({"mode_scale": 1.8}, "mode_scale must be from -1 to 1.75"),
         ({"mode_scale": math.nan}, "mode_scale must be from -1 to 1.75"),
+        ({"prediction": "epsilonn"}, "did you mean 'epsilon'"),
+        ({"snr_gamma": -5.0}, "snr_gamma must be above 0, or 0 for none"),
+        ({"snr_gamma": math.inf}, "snr_gamma must be above 0, or 0 for none"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) -> None:
@@ -309,7 +313,22 @@ def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) 
 
 def test_the_defaults_are_possible_and_all_in_use() -> None:
     ObjectiveOptions().check()
-    assert ObjectiveOptions().unused() == []
+    assert ObjectiveOptions().unused("flow") == ObjectiveOptions().unused("ddpm") == []
+
+
+def test_what_one_kind_of_objective_asks_for_is_unused_by_the_other() -> None:
+    options = ObjectiveOptions(weighting="cosmap", prediction="v", snr_gamma=0, zero_terminal_snr=True)
+    options.check()
+    assert options.unused("flow") == ["prediction", "snr_gamma", "zero_terminal_snr"]
+    assert options.unused("ddpm") == ["weighting"]
+
+
+def test_left_alone_t_is_drawn_as_the_base_was_trained() -> None:
+    assert torch.equal(
+        flow().sample_t(100, generator(), "cpu"), flow(timesteps="logit_normal").sample_t(100, generator(), "cpu")
+    )
+    changed = ObjectiveOptions(logit_mean=1.0)
+    assert (changed.unused("flow"), changed.unused("ddpm")) == ([], ["logit_mean"])
 
 
 @pytest.mark.parametrize(
@@ -325,7 +344,7 @@ def test_options_without_effect_are_named(timesteps: Any, unused: list[str]) -> 
     changed: dict[str, Any] = {"logit_mean": 1.0, "logit_std": 2.0, "mode_scale": 0.5, "shift": 2.0}
     x_0 = latents()
     plain = drawn(flow(timesteps=timesteps), x_0, generator())
-    assert ObjectiveOptions(timesteps=timesteps, weighting="cosmap", **changed).unused() == unused
+    assert ObjectiveOptions(timesteps=timesteps, weighting="cosmap", **changed).unused("flow") == unused
     for name, value in changed.items():  # and the claim is true
         noised = drawn(flow(timesteps=timesteps, **{name: value}), x_0, generator())
         assert torch.equal(noised.t, plain.t) == (name in unused)
