@@ -265,7 +265,7 @@ def setting_of(
 
 def _warn(
     options: TrainConfig,
-    kind: Kind,
+    objective: Kind,
     remark: str | None,
     unread: tuple[int, int],
     parts: tuple[CachedSamples, CachedSamples],
@@ -278,7 +278,7 @@ def _warn(
             warn(f"{samples.num_left_out} {what} sample(s) are left out: samples.parquet in the cache says why")
     if not len(parts[1]):
         warn("the cache has no held-out samples: no held-out loss and no pictures")
-    unused = [f"objective.{name}" for name in options.objective.unused(kind)]
+    unused = [f"objective.{name}" for name in options.objective.unused(objective)]
     unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
     unused += [f"memory.{name}" for name in options.memory.unused()]
     unused += [f"ema.{name}" for name in options.ema.unused()]
