@@ -103,8 +103,10 @@ class PreprocessConfig:
             if self.condition.count(name) > 1:
                 raise UserError(f"condition: {name} is named twice")
             getattr(self.conditions, name).check()
-        if self.text_length is not None and not 1 <= self.text_length <= family.max_text_length:
-            raise UserError(f"text_length must be from 1 to {family.max_text_length}, not {self.text_length}")
+        least, most = family.min_text_length, family.max_text_length
+        if self.text_length is not None and not least <= self.text_length <= most:
+            allowed = f"from {least} to {most}" if least < most else f"{most} with {family.name}, or left out"
+            raise UserError(f"text_length must be {allowed}, not {self.text_length}")
         if not 0 <= self.validation_fraction < 1 or self.validation_max < 0:
             raise UserError("validation_fraction is a share from 0 to below 1, validation_max 0 or more")
         for part in (self.source, self.geometry, self.encode, self.engine, self.remote):

@@ -113,6 +113,17 @@ def images_producer(encode: Encode, keep: Keep | None = None) -> Producer:
     return Producer(lambda pixels: _by_row(encode(np.stack(pixels)), len(pixels)), finish)
 
 
+def pixels_producer(field: str, channels: int) -> Producer:
+    """The drawings of each sample, uint8 (R, H, W, 3), all of one shape -> one tensor, uint8 (R, C, H, W)."""
+
+    def encode(drawings: Sequence[NDArray[np.uint8]]) -> list[Tensors]:
+        pixels = np.stack(drawings)  # (B, R, H, W, 3)
+        assert channels == 3 or (pixels == pixels[..., :1]).all(), "a condition that is grey has drawn colours"
+        return _by_row({field: torch.from_numpy(pixels[..., :channels]).movedim(-1, 2)}, len(drawings))
+
+    return Producer(encode, tensors_row)
+
+
 def drawings_producer(draw: Draw) -> Producer:
     """Placed images -> drawings as PNG, `0.png` to `R-1.png`: what the VAE is then given, and a person can look at."""
     return Producer(lambda pixels: draw_each(draw, np.stack(pixels)), drawings_row)

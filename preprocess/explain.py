@@ -31,6 +31,7 @@ _WORDS = {
     "family": "family",
     "weights_sha256": "the detector's weights",
     "detect_resolutions": "detect resolutions",
+    "channels": "the drawings' channels",
 }
 """What the keys of recipes are called."""
 _MAX_REASONS = 3

@@ -47,10 +47,7 @@ class Layers:
         of_conditions: list[PlannedLayer] = []
         for name in options.condition:
             drawn = DrawnLayer(self, name)
-            encoded = [
-                EncodedLayer(self, kind, kind.name_in_cache(name), drawn.reads, drawn) for kind in self.condition_kinds
-            ]
-            of_conditions += [drawn, *encoded]
+            of_conditions += [drawn, *(self._of_condition(kind, drawn) for kind in self.condition_kinds)]
         self.all: list[PlannedLayer] = [*images, *of_conditions, *captions]
         self._by_name = {layer.name: layer for layer in self.all}
 
@@ -59,6 +56,12 @@ class Layers:
 
     def __getitem__(self, name: str) -> PlannedLayer:
         return self._by_name[name]
+
+    def _of_condition(self, kind: LayerKind, drawn: DrawnLayer) -> PlannedLayer:
+        name = kind.name_in_cache(drawn.name)
+        if kind.components:
+            return EncodedLayer(self, kind, name, drawn.reads, drawn)
+        return PixelsLayer(self, kind, name, drawn)
 
     @property
     def condition_kinds(self) -> list[LayerKind]:
@@ -73,6 +76,7 @@ class Layers:
     def encoder_recipe(self, kind: LayerKind, name: str, drawings: str | None) -> dict[str, Any]:
         """All that an encoder's layer depends on. `drawings`: fingerprint of the layer that is encoded, where it is not
         the images or captions themselves."""
+        assert kind.components, f"{name} is nothing but its drawings: see condition_recipe"
         recipe = self.family.encoder_recipe(kind, self.model, self.text_length, self.options.posterior)
         recipe["precision"] = str(self.dtype).removeprefix("torch.")
         if drawings is not None:
@@ -80,6 +84,13 @@ class Layers:
         elif kind.reads == "image":
             recipe["resampling"] = "lanczos"
         return _recipe(name, recipe)
+
+    def condition_recipe(self, kind: LayerKind, condition: str, drawings: str) -> dict[str, Any]:
+        """The recipe of what this kind of layer makes of a condition's drawings, which have this fingerprint."""
+        name = kind.name_in_cache(condition)
+        if kind.components:
+            return self.encoder_recipe(kind, name, drawings)
+        return _recipe(name, {"drawings": drawings, "channels": conditions.get(condition).channels})
 
 
 def _recipe(name: str, rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,8 +162,9 @@ class EncodedLayer(PlannedLayer):
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
-        drawings = None if self.drawn is None else self.drawn.fingerprint
-        return self._layers.encoder_recipe(self._kind, self.name, drawings)
+        if self.drawn is None:
+            return self._layers.encoder_recipe(self._kind, self.name, None)
+        return self._layers.condition_recipe(self._kind, self.drawn.name, self.drawn.fingerprint)
 
     @property
     def fields(self) -> Sequence[Field]:
@@ -197,6 +209,36 @@ class EncodedLayer(PlannedLayer):
     def _keep(self, item: encode.Item, tensors: Tensors) -> Tensors:
         family, posterior = self._layers.family, self._options.posterior
         return family.keep(self._kind, tensors, posterior, f"{self.name}/{item.input}")
+
+
+class PixelsLayer(PlannedLayer):
+    """Drawings that were made before, as they are: tensors that training stacks without decoding anything."""
+
+    drawn: DrawnLayer
+
+    def __init__(self, layers: Layers, kind: LayerKind, name: str, drawn: DrawnLayer) -> None:
+        super().__init__(layers, name, drawn.reads)
+        self._kind, self.drawn = kind, drawn
+
+    @cached_property
+    def recipe(self) -> Mapping[str, Any]:
+        return self._layers.condition_recipe(self._kind, self.drawn.name, self.drawn.fingerprint)
+
+    @property
+    def fields(self) -> Sequence[Field]:
+        return self._kind.fields
+
+    @property
+    def shard_rows(self) -> int:
+        return self._options.encode.shard_rows or self._kind.shard_rows
+
+    def row_bytes(self, pixels: int) -> int:
+        condition = self.drawn.condition
+        return condition.num_drawings * condition.channels * pixels + 1024  # two tar blocks, as of any tensors
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Producer]:
+        yield encode.pixels_producer(self._kind.fields[0].name, self.drawn.condition.channels)
 
 
 class DrawnLayer(PlannedLayer):

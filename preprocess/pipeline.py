@@ -381,7 +381,7 @@ class _Stage:
         expected = {condition: drawings}
         for kind in self.layers.condition_kinds:
             name = kind.name_in_cache(condition)
-            expected[name] = schema.fingerprint(self.layers.encoder_recipe(kind, name, drawings))
+            expected[name] = schema.fingerprint(self.layers.condition_recipe(kind, condition, drawings))
         for name, fingerprint in expected.items():
             folder = self.cache / layers[name]["folder"]
             layer = schema.read_sealed(folder / schema.LAYER)

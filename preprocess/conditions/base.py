@@ -36,6 +36,9 @@ class Condition(ABC, Generic[OptionsT]):
     png_bytes_per_pixel: ClassVar[float] = 1 / 3
     """About how large the drawings are on disk, for the check before the start. Lines: measured 0.1 to 0.3."""
 
+    channels: ClassVar[Literal[1, 3]] = 1
+    """3 where drawings have colours. What is drawn in grey has three equal channels, of which one is kept in pixels."""
+
     lines: ClassVar[bool] = True
     """Whether the drawings are of lines, so that paintings are compared by their edges; else by their structure."""
 

@@ -30,6 +30,7 @@ class Precomputed(Condition[PrecomputedOptions]):
     Options = PrecomputedOptions
     reads = "conditioning_image"
     png_bytes_per_pixel = 2.0  # they may be photographs
+    channels = 3
 
     def recipe(self) -> dict[str, Any]:
         return {"invert": self.options.invert}
