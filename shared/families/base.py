@@ -151,6 +151,8 @@ class Family(ABC):
     guidance_scale: ClassVar[float | None] = None
     """How far pictures are moved away from what the empty caption gives (classifier-free guidance). None: the base was
     distilled, one call does."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the base's linears that a LoRA acts on where nothing else is said."""
     has_depths: ClassVar[bool] = True
     """Whether a ControlNet may have more or fewer of the base's blocks. Where it may not, every depth is (0, 0)."""
     pooled: ClassVar[str] = ""

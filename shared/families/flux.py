@@ -32,8 +32,9 @@ from shared.families.base import (
     Tensors,
 )
 from shared.families.parts import autoencoder, clip, t5
-from shared.families.parts.component import count_tokens
-from shared.model_folder import ModelFolder, resolve
+from shared.families.parts.component import check_shapes, count_tokens
+from shared.families.parts.controlnet_folder import controlnet_folder
+from shared.model_folder import ModelFolder
 
 FLUX_1_DEV: Mapping[str, Any] = {
     "_class_name": "FluxTransformer2DModel",
@@ -69,6 +70,10 @@ class Flux(Family):
     size_multiple = 16  # VAE 8x, then 2x2 latents to a token
     max_text_length = 512
     objective = "flow"
+    lora_targets = (  # as in diffusers' own DreamBooth training
+        "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj",
+        "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
     pooled = "clip.pooled_prompt_embeds"
     layers = (
         *autoencoder.layers(channels=16, condition=True),
@@ -158,21 +163,8 @@ class Flux(Family):
             "t5.prompt_embeds": (1, config["joint_attention_dim"], "features of the T5 embeddings"),
             "clip.pooled_prompt_embeds": (0, config["pooled_projection_dim"], "features of the CLIP embedding"),
         }
-        for field, (axis, expected, what) in facts.items():
-            if (cached := fields[field][axis]) != expected:
-                raise UserError(
-                    f"this cache was made for another model: it has {cached} {what}, "
-                    f"{model.name} takes {expected}; preprocess again with MODEL={model.name}"
-                )
-        if not model.has("vae"):
-            return f"model {model.name} has no vae folder: no pictures will be made while training"
-        stated = recipes["latents"].get("decoder_sha256")
-        if (found := autoencoder.decoder_sha256(model)) != stated:
-            raise UserError(
-                f"this cache was encoded with another VAE than the one in {model.name} (decoder {found[:8]}, cache "
-                f"{str(stated)[:8]}); preprocess again with MODEL={model.name}, or train on the model it was made with"
-            )
-        return None
+        check_shapes(model, fields, facts)
+        return autoencoder.check_decoder(model, recipes["latents"])
 
     def load_base(self, model: ModelFolder, dtype: torch.dtype) -> torch.nn.Module:
         from diffusers import FluxTransformer2DModel
@@ -274,10 +266,10 @@ class Flux(Family):
     def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:
         from diffusers import FluxControlNetModel
 
-        return _tabled(FluxControlNetModel.from_pretrained(_controlnet_folder(source), dtype=dtype))
+        return _tabled(FluxControlNetModel.from_pretrained(controlnet_folder(source), dtype=dtype))
 
     def controlnet_depth(self, source: str) -> tuple[int, int]:
-        path = _controlnet_folder(source) / "config.json"
+        path = controlnet_folder(source) / "config.json"
         try:
             config = json.loads(path.read_text())
             return config["num_layers"], config["num_single_layers"]
@@ -554,19 +546,6 @@ def resolution_shift(num_tokens: int, scheduler: Mapping[str, Any]) -> float:
     n_0, n_1 = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
     mu_0, mu_1 = scheduler["base_shift"], scheduler["max_shift"]
     return mu_0 + (num_tokens - n_0) * (mu_1 - mu_0) / (n_1 - n_0)
-
-
-def resolve_controlnet(source: str) -> Path:
-    """A ControlNet's folder from a hub id (its files lie at the top of the repository)."""
-    return resolve(source, components=(), extra=("*.json", "*.safetensors")).path
-
-
-def _controlnet_folder(source: str) -> Path:
-    path = Path(source).expanduser()
-    folder = path if path.is_dir() else resolve_controlnet(source)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no ControlNet: config.json is missing")
-    return folder
 
 
 FAMILY = Flux()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from shared.cache.schema import Field
+from shared.errors import UserError
 from shared.families.base import Encode, LayerKind, Posterior, Tensors
 from shared.families.parts.component import loaded
 from shared.model_folder import ModelFolder, tensors_sha256
@@ -61,6 +62,20 @@ def recipe(model: ModelFolder, posterior: Posterior) -> dict[str, Any]:
 def decoder_sha256(model: ModelFolder) -> str:
     """Digest of the VAE's decoder tensors alone."""
     return tensors_sha256(model.tensors("vae", "decoder."))
+
+
+def check_decoder(model: ModelFolder, recipe: Mapping[str, Any]) -> str | None:
+    """Refuse (`UserError`) a model whose VAE is not the one that made these latents; without one a remark comes
+    back. `recipe`: of the latents."""
+    if not model.has("vae"):
+        return f"model {model.name} has no vae folder: no pictures will be made while training"
+    stated = recipe.get("decoder_sha256")
+    if (found := decoder_sha256(model)) != stated:
+        raise UserError(
+            f"this cache was encoded with another VAE than the one in {model.name} (decoder {found[:8]}, cache "
+            f"{str(stated)[:8]}); preprocess again with MODEL={model.name}, or train on the model it was made with"
+        )
+    return None
 
 
 def open_encoder(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,19 @@ def tokenizer(kind: Any, model: ModelFolder, component: str, encoder: str, files
             "one model; download it again"
         )
     return found
+
+
+def check_shapes(
+    model: ModelFolder, fields: Mapping[str, tuple[int, ...]], facts: Mapping[str, tuple[int, int, str]]
+) -> None:
+    """Refuse (`UserError`) a base that cannot use a cache's tensors. `fields`: "layer.field" to the shape of one
+    sample; `facts`: of those the axis that decides, what the base takes there, and what that is."""
+    for field, (axis, expected, what) in facts.items():
+        if (cached := fields[field][axis]) != expected:
+            raise UserError(
+                f"this cache was made for another model: it has {cached} {what}, "
+                f"{model.name} takes {expected}; preprocess again with MODEL={model.name}"
+            )
 
 
 def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
