@@ -49,7 +49,7 @@ class StableDiffusion15(LatentDiffusion):
     layers = (
         *LatentDiffusion.image_layers,
         LayerKind("clip", "caption", ("text_encoder", "tokenizer"), (
-            Field("prompt_embeds", "as encoded", "L D", "CLIP's last hidden states with padding; SD 1.5: L = 77, D = 768"),
+            Field("prompt_embeds", "as encoded", "L D", "CLIP's last hidden states with padding; SD 1.5: L 77, D 768"),
         ), shard_rows=1024),
     )  # fmt: skip
 

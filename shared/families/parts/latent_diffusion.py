@@ -309,9 +309,7 @@ class LatentDiffusion(Family):
                     f"the ControlNet to start from does not fit the base: its {key} is {theirs[key]}, not {ours[key]}"
                 )
         if theirs["conditioning_channels"] != 3 or theirs["controlnet_conditioning_channel_order"] != "rgb":
-            raise UserError(
-                "the ControlNet to start from takes other than three channels in the order red, green, blue"
-            )
+            raise UserError("the ControlNet to start from does not take pictures of red, green and blue")
         if control_mode is not None:
             raise UserError("control_mode is set, but this ControlNet is not a union: leave it out")
 
