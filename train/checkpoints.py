@@ -1,7 +1,8 @@
-"""Checkpoints: the ControlNet as diffusers reads it, and beside it all that an exact resume needs.
+"""Checkpoints: the trained weights as diffusers reads them, and beside it all that an exact resume needs.
 
     checkpoints/step-00000400/
-      controlnet/            config.json, diffusion_pytorch_model.safetensors
+      controlnet/            config.json, diffusion_pytorch_model.safetensors. Of a base that was trained itself it is
+                             transformer/, of a LoRA lora/ with pytorch_lora_weights.safetensors
       ema/                   the same of the average of the weights, in float32, where one is kept (train/ema.py)
       optimizer.safetensors  the optimizer's tensors, in 8 bit where it keeps 8 bit
       state.json             step, position of the loader, settings; checksums of every file here and its own.
@@ -35,6 +36,8 @@ from train import readback
 from train.readback import NotAsMeantError, SaveWeights
 
 CONTROLNET, EMA, OPTIMIZER, STATE = "controlnet", "ema", "optimizer.safetensors", "state.json"
+WEIGHTS = "weights"
+"""In `state.json`: the folder of the trained weights, where it is not `controlnet`."""
 BEST = "best"
 """A link in the run's folder to a checkpoint that stays, however many newer ones there are."""
 
@@ -65,12 +68,13 @@ def save(
     beside: Mapping[str, SaveWeights] | None = None,
     *,
     best: bool = False,
+    name: str = CONTROLNET,
 ) -> Path:
-    """Write the checkpoint of `step` into the run's `folder`, link `controlnet` to it, drop all but the last `keep`.
+    """Write the checkpoint of `step` into the run's `folder`, link its weights there, drop all but the last `keep`.
 
-    `beside`: further folders of weights, by name. `best`: mark it as the best, so that it stays. What comes back from
-    the disk other than it was meant is written once more. Raises `UserError` where the disk is full, or was wrong
-    twice; the checkpoints before are untouched.
+    `name`: of the folder of weights. `beside`: further ones, by name. `best`: mark it as the best, so that it stays.
+    What comes back from the disk other than it was meant is written once more. Raises `UserError` where the disk is
+    full, or was wrong twice; the checkpoints before are untouched.
     """
     path = path_of(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,8 @@ def save(
     for passed_over in all_newest_first(folder):
         if step_of(passed_over) >= step:  # a damaged one: training goes on from an undamaged one before it
             _remove(passed_over)
-    weights = {CONTROLNET: save_weights, **(beside or {})}
+    weights = {name: save_weights, **(beside or {})}
+    state = state if name == CONTROLNET else {**state, WEIGHTS: name}
     for second in (False, True):
         try:
             _write(path, step, weights, tensors, state)
@@ -153,8 +158,17 @@ def _disk_full(error: SafetensorError, path: Path) -> UserError | None:
 
 
 def link(folder: Path, path: Path) -> None:
-    """Make the run's `controlnet` a relative link to the ControlNet of the checkpoint at `path`, in one rename."""
-    _link(folder / CONTROLNET, path / CONTROLNET)
+    """Make the run's `controlnet`, or what the weights are called, a relative link to those of the checkpoint at
+    `path`, in one rename."""
+    weights = weights_of(path, "trained")
+    _link(folder / weights.name, weights)
+
+
+def linked(folder: Path) -> Path | None:
+    """The checkpoint that the run's `folder` links to; None where there is none yet."""
+    links = (path for path in folder.iterdir() if path.is_symlink() and path.name != BEST)
+    found = [path.resolve().parent for path in links if path.is_dir()]
+    return found[0] if found else None
 
 
 def mark_best(folder: Path, path: Path) -> None:
@@ -204,8 +218,8 @@ def undamaged(folder: Path, step: int | None = None) -> Path:
 def weights_of(path: Path, which: str) -> Path:
     """The folder of the weights in the checkpoint at `path`: "trained", as the step left them, or "ema", their average.
     Raises `UserError` where no average was kept."""
-    folder = path / (EMA if which == "ema" else CONTROLNET)
-    if not folder.is_dir():
+    folder = path / (EMA if which == "ema" else state(path).get(WEIGHTS, CONTROLNET))
+    if which == "ema" and not folder.is_dir():
         raise UserError(
             f"{path} has no average of the weights: leave --weights ema out, or train with --ema.profile power"
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
+from train import adapters
 from train.adapters.controlnet import ControlNetOptions, parse_depth
+from train.adapters.full import FullOptions
+from train.adapters.lora import LoraOptions
 from train.budget import MemoryOptions
 from train.checkpoints import CheckpointOptions
 from train.early_stop import EarlyStopOptions
@@ -24,13 +26,14 @@ from train.validation import ValidationOptions
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a ControlNet from a cache. Running the same command again resumes."""
+    """Train a ControlNet, a LoRA or a whole base from a cache. Running the same command again resumes."""
 
     cache: str = "cache"
     """The cache that `make preprocess` made: a folder, or a URL (s3://, gs://, hf://, https://). Family, resolution,
     condition and precision come from it."""
     name: str | None = None
-    """The run is kept in RUNS/NAME. Default: depth-<depth>, or from-<folder> of a ControlNet to start from."""
+    """The run is kept in RUNS/NAME. Default: depth-<depth>, or from-<folder> of a ControlNet to start from;
+    lora-<rank>; full."""
     runs: str = "runs"
     """Folder of all runs."""
     model: str | None = None
@@ -40,6 +43,9 @@ class TrainConfig:
     condition: tuple[str, ...] = ()
     """Which of the cache's conditions to train on; of several, one is drawn each time a sample is. Default: the one
     it was made with last."""
+    adapter: str = "controlnet"
+    """What is trained: a `controlnet` on the frozen base, which follows a condition; a `lora` on the frozen base, which
+    learns a subject or a style from pictures and captions alone; or the base itself, in `full`."""
     depth: str = "2-4"
     """num_layers-num_single_layers of the ControlNet. On FLUX.1-dev 2-4 has 1.35 B parameters, 5-10 has 3.3 B."""
     steps: int = 10_000
@@ -54,6 +60,8 @@ class TrainConfig:
     """auto: a GPU where there is one."""
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     controlnet: ControlNetOptions = field(default_factory=ControlNetOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    full: FullOptions = field(default_factory=FullOptions)
     base: BaseOptions = field(default_factory=BaseOptions)
     loader: LoaderOptions = field(default_factory=LoaderOptions)
     remote: RemoteOptions = field(default_factory=RemoteOptions)
@@ -67,6 +75,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuse impossible values, of the parts too."""
+        adapters.get(self.adapter)
         parse_depth(self.depth)
         if self.steps < 1:
             raise UserError(f"steps must be 1 or more, not {self.steps}")
@@ -82,6 +91,8 @@ class TrainConfig:
         for part in (
             self.memory,
             self.controlnet,
+            self.lora,
+            self.full,
             self.base,
             self.loader,
             self.remote,
@@ -98,18 +109,15 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        """The name given, or one from the depth, or from the ControlNet that is trained on."""
-        if self.name is not None:
-            return self.name
-        start = self.controlnet.start_from
-        return f"depth-{self.depth}" if start is None else f"from-{Path(start).name}"
+        """The name given, or one from what is trained."""
+        return self.name if self.name is not None else adapters.get(self.adapter).run_name(self)
 
 
 MAY_CHANGE = (
     "steps", "cache", "runs", "name", "device", "tracker", "validation.", "checkpoint.", "memory.",
     "loader.prefetch", "loader.workers", "loader.lookahead", "loader.accumulation", "remote.", "base.folder",
     "speed.compile", "speed.attention", "optimizer.states", "optimizer.release", "optimizer.survival_every",
-    "optimizer.one_pass", "ema.device", "early_stop.",
+    "optimizer.one_pass", "ema.device", "early_stop.", "lora.save_fp32",
 )  # fmt: skip
 """Options that a resumed run may have changed without becoming another experiment. (The cache may have moved: its
 fingerprints are compared. Accumulation may change together with the number of processes: the loader compares their

@@ -17,7 +17,6 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -29,8 +28,9 @@ from torch.utils._pytree import tree_leaves
 from shared import families
 from shared.families.base import Batch, Family
 from shared.model_folder import ModelFolder
-from train import objectives, recompute
-from train.adapters.controlnet import ControlNetAdapter, ControlNetOptions
+from train import adapters, objectives, recompute
+from train.adapters.base import Adapter
+from train.adapters.lora import LoraOptions
 from train.buckets import is_large
 from train.frozen_linear import FrozenInt8Linear
 from train.modulation import HoistedLinear, hoist
@@ -83,6 +83,10 @@ class Setting:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     averaged: bool = False
     """The average of the trained weights is kept on the device too."""
+    adapter: str = "controlnet"
+    """What is trained."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """Where that is a LoRA."""
 
 
 # What is counted
@@ -153,6 +157,7 @@ class Weights:
     """All of the base but its blocks."""
     base_blocks: tuple[int, ...]
     controlnet: int
+    """Of what is trained beside the base."""
     batch: int
     """A batch."""
     trained: tuple[tuple[str, tuple[int, ...]], ...]
@@ -235,48 +240,54 @@ def _run(
     setting: Setting, *, recomputed: bool, whole: bool
 ) -> tuple[Weights, list[Segment], tuple[tuple[int, ...], ...]]:
     family = families.get(setting.family)
-    base = family.make_base(setting.model).to(setting.dtype)
+    kind = adapters.get(setting.adapter)
+    base = family.make_base(setting.model).to(setting.dtype if kind.keeps_base else setting.weights)
     num_base_parameters = sum(parameter.numel() for parameter in base.parameters())
     if setting.hoist:
         hoist(family, base)
     _hold(family, base, setting.base)
     block_bytes = tuple(_nbytes(block) for block in family.blocks(base))
     other_bytes = _nbytes(base) - sum(block_bytes)
-    copies = tuple((i,) for i in range(len(block_bytes))) if whole else _shorten(family, base, setting.depth)
-    controlnet = family.make_empty_controlnet(*setting.depth, setting.model).to(setting.weights)
-    segments, batch_bytes = _step(family, base, controlnet, setting, recomputed)
+    adapter = kind.empty(family, base, setting, setting.weights)
+    trained = tuple((name, tuple(parameter.shape)) for name, parameter in adapter.trained.named_parameters())
+    trained_bytes = 0 if adapter.trained is base else _nbytes(adapter.trained)
+    copies: tuple[tuple[int, ...], ...] = tuple((i,) for i in range(len(block_bytes)))
+    if not whole:
+        copies = _shorten(family, base, setting.depth)
+        adapter = adapter.on_fewer_blocks()
+    segments, batch_bytes = _step(adapter, setting, recomputed)
     weights = Weights(
         base=other_bytes,
         base_blocks=block_bytes,
-        controlnet=_nbytes(controlnet),
+        controlnet=trained_bytes,
         batch=batch_bytes,
-        trained=tuple((name, tuple(parameter.shape)) for name, parameter in controlnet.named_parameters()),
+        trained=trained,
         num_base_parameters=num_base_parameters,
     )
     return weights, segments, copies
 
 
-def _step(
-    family: Family, base: torch.nn.Module, controlnet: torch.nn.Module, setting: Setting, recomputed: bool
-) -> tuple[list[Segment], int]:
-    """The segments of a step on these two, which are on the meta device, and the bytes of its batch."""
-    base.requires_grad_(False).eval()
-    controlnet.requires_grad_(True).train()
+def _step(adapter: Adapter, setting: Setting, recomputed: bool) -> tuple[list[Segment], int]:
+    """The segments of a step, all of it on the meta device, and the bytes of its batch."""
+    family, base, own = adapter.family, adapter.base, adapter.with_blocks
+    own_blocks = [] if own is None else family.blocks(own)
+    if adapter.keeps_base:
+        base.requires_grad_(False).eval()
     for module in base.modules():
         if isinstance(module, HoistedLinear):
             module.rows = torch.empty(setting.batch_size, module.out_features, dtype=setting.dtype, device="meta")
     batch = _batch(family, setting)
-    for block in [*family.blocks(base), *family.blocks(controlnet)]:
+    for block in [*family.blocks(base), *own_blocks]:
         _compute_as_on_a_gpu(block)
     if recomputed:
-        recompute.apply(family, base, controlnet, len(family.blocks(base)), len(family.blocks(controlnet)))
+        recompute.apply(family, base, own, len(family.blocks(base)), len(own_blocks))
     meter = _Meter()
-    for model in (base, controlnet):
+    for model in (base, adapter.trained):
         for tensor in [*model.parameters(), *model.buffers()]:
             meter.hold(tensor, "weights")
     for tensor in batch.tensors.values():
         meter.hold(tensor, "step")
-    for parameter in controlnet.parameters():
+    for parameter in adapter.trained.parameters():
         if setting.accumulation > 1:
             parameter.grad = torch.empty_like(parameter)
             meter.hold(parameter.grad, "gradients")
@@ -284,7 +295,7 @@ def _step(
         parameter.register_post_accumulate_grad_hook(meter.released if releases else meter.accumulated)
     step = Step(
         family,
-        _Adapter(family, base, controlnet, ControlNetOptions()),
+        adapter,
         objectives.make(ObjectiveOptions(), family),
         cast(Optimizer, None),  # counted up to its step, which is known
         recipes={role: {"shift": 0.0, "scale": 1.0} for role in ("latents", "condition_latents")},
@@ -293,9 +304,12 @@ def _step(
         dtype=setting.dtype,
     )
     if setting.weights != setting.dtype:
-        _cast_as_autocast_does(controlnet, setting.dtype)
+        autocast = own if adapter.keeps_base else base
+        if autocast is not None:  # a LoRA casts its weights itself
+            _cast_as_autocast_does(autocast, setting.dtype)
     marks = _Marks(meter)
-    marks.put("controlnet", controlnet, family.blocks(controlnet), closing=False)
+    if own is not None:
+        marks.put("controlnet", own, own_blocks, closing=False)
     marks.put("base", base, family.blocks(base), closing=True)
     with meter:
         meter.begin(Segment("step", None, backward=False))
@@ -394,13 +408,6 @@ def _batch(family: Family, setting: Setting) -> Batch:
         },
         step_samples=setting.batch_size,
     )
-
-
-class _Adapter(ControlNetAdapter):
-    """What is trained, without autocast, which the meta device has not."""
-
-    def _autocast(self, x_t: torch.Tensor) -> AbstractContextManager[object]:
-        return nullcontext()
 
 
 def _cast_as_autocast_does(controlnet: torch.nn.Module, dtype: torch.dtype) -> None:

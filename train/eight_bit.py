@@ -162,14 +162,14 @@ def gate(
     [arithmetic] = {layer.arithmetic for layer in layers.values()}
     assert arithmetic != "exact", "exact arithmetic needs no measure"
     # The wrapper for several processes would wait for gradients that are never accumulated.
-    wrapped, adapter.module = adapter.module, adapter.controlnet
-    recompute.apply(step.family, adapter.base, adapter.controlnet, ALL, ALL)
+    wrapped, adapter.module = adapter.module, adapter.bare
+    recompute.apply(step.family, adapter.base, adapter.with_blocks, ALL, ALL)
     try:
         with torch.compiler.set_stance("force_eager"):
             tested, exact = _sums(step, batches, layers, arithmetic, reference)
     finally:
         adapter.module = wrapped
-        recompute.apply(step.family, adapter.base, adapter.controlnet, *recomputed)
+        recompute.apply(step.family, adapter.base, adapter.with_blocks, *recomputed)
     count = torch.tensor(float(sum(len(batch) for batch in batches)), device=step.device)
     if step.accelerator is not None:
         tested, exact, count = (step.accelerator.reduce(each, reduction="sum") for each in (tested, exact, count))

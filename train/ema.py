@@ -7,7 +7,7 @@ How it is used:
     ema.update(step)                          # counts from 1
     with ema.in_place():                      # within, the weights are the average
         figures = validation.held_out(adapter)
-    ema.save(folder, adapter.controlnet)      # in diffusers' layout, in float32: all that resuming needs
+    ema.save(folder, adapter.write)           # as diffusers reads it, in float32: all that resuming needs
 
 The average is kept in float32 whatever the weights are: in bfloat16, steps of a thousandth of the distance would all be
 rounded away. It follows the step's number alone, so a resumed run goes on to the bit.
@@ -15,7 +15,7 @@ rounded away. It follows the step's number alone, so a resumed run goes on to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError, nearest
-from train.adapters.controlnet import WEIGHTS
 from train.offload import free_host_bytes
 
+Write = Callable[[Path, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""Writes tensors in the place of the weights with their names into a folder; what was to be written comes back."""
 Profile = Literal["off", "power", "constant"]
 Place = Literal["cpu", "device"]
 
@@ -217,27 +217,18 @@ class Ema:
             for piece in self._pieces:
                 piece.of(self._weights[piece.name]).copy_(piece.on_the_way(kept))
 
-    def save(self, folder: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Write the average as diffusers writes `module`, whose weights are averaged here; what of it is not trained is
-        written as it is. Back comes what was to be written, by name."""
+    def save(self, folder: Path, write: Write) -> dict[str, torch.Tensor]:
+        """Have the average written in the place of the weights. Back comes what was to be written, by name."""
         self.wait()
-        folder.mkdir(parents=True, exist_ok=True)
-        module.save_config(folder)  # type: ignore[operator]
-        tensors = {
-            name: self.average.get(name, tensor.detach()).cpu().contiguous()
-            for name, tensor in module.state_dict().items()
-        }
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        return tensors
+        return write(folder, self.average)
 
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote. Raises `UserError` where it is another ControlNet's."""
+    def load(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what was written. Raises `UserError` where it is the average of other weights."""
         self.wait()
-        saved = load_file(folder / WEIGHTS)
         for name, average in self.average.items():
             if name not in saved or saved[name].shape != average.shape or saved[name].dtype != torch.float32:
                 raise UserError(
-                    f"{folder} does not hold the average of this run's weights ({name}); choose another NAME"
+                    f"the checkpoint does not hold the average of this run's weights ({name}); choose another NAME"
                 )
         for name, average in self.average.items():
             average.copy_(saved[name])

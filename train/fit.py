@@ -24,11 +24,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from accelerate import Accelerator
 
+from shared import families
 from shared.errors import UserError
 from shared.families.base import Batch, Family
 from shared.report import say, warn
-from train import recompute
-from train.adapters.controlnet import ControlNetAdapter
+from train import adapters, recompute
+from train.adapters.base import Adapter
 from train.budget import GIB, MemoryOptions, parse_budget, parse_recompute
 from train.counting import Setting
 from train.loader import LoaderOptions
@@ -111,8 +112,10 @@ def decide(
         budget = free_bytes
     if budget is not None:
         budget -= beside_bytes
-    hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda")
-    shard = _may_shard(memory, setting, cards)
+    frozen = adapters.get(setting.adapter).keeps_base
+    hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda" and frozen)
+    hoist = hoist and bool(families.get(setting.family).pooled)  # else the base has no modulation to compute ahead
+    shard = frozen and _may_shard(memory, setting, cards)
     setting = replace(setting, hoist=hoist, stream=memory.stream == "yes", shard=memory.shard == "yes")
     setting = replace(setting, num_processes=num_processes, cards=cards)
     given = parse_recompute(memory.recompute)
@@ -128,7 +131,8 @@ def decide(
             spread = replace(here, shard=True)
             if (chosen := fitting(spread, budget)) is not None:
                 here = spread
-        if chosen is None and memory.stream == "auto" and here.base != "quanto":  # quanto's own cannot be moved
+        # quanto's own cannot be moved
+        if chosen is None and memory.stream == "auto" and frozen and here.base != "quanto":
             here = replace(here, stream=True, shard=False)
             chosen = fitting(here, budget)
         if chosen is None:
@@ -263,7 +267,7 @@ class Guard:
         self,
         fit: Fit,
         family: Family,
-        adapter: ControlNetAdapter,
+        adapter: Adapter,
         optimizer: Optimizer,
         device: torch.device,
         *,
@@ -280,7 +284,8 @@ class Guard:
         self.recompute = fit.recompute
         """What is done now."""
         self._meter = meter if meter is not None else CudaMeter(device) if device.type == "cuda" else None
-        self._counts = len(family.blocks(adapter.base)), len(family.blocks(adapter.controlnet))
+        own = adapter.with_blocks
+        self._counts = len(family.blocks(adapter.base)), 0 if own is None else len(family.blocks(own))
         self._ran_out = -1.0
         """Operations of recomputing with which a step ran out of memory: it is not to be tried with fewer again."""
         self._full_steps = 0
@@ -424,7 +429,7 @@ class Guard:
 
     def _apply(self, to: Recompute) -> None:
         base, controlnet = recompute.apply(
-            self.family, self.adapter.base, self.adapter.controlnet, to.base_blocks, to.controlnet_blocks
+            self.family, self.adapter.base, self.adapter.with_blocks, to.base_blocks, to.controlnet_blocks
         )
         self.recompute = replace(to, base_blocks=base, controlnet_blocks=controlnet)
 

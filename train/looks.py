@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from shared.pictures import grid
 from shared.report import say, warn
 from train import adherence, convergence, fit
-from train.adapters.controlnet import ControlNetAdapter
+from train.adapters.base import Adapter
 from train.adherence import Scores
 from train.baseline import Baseline
 from train.compile import eager
@@ -38,7 +38,7 @@ class Looks:
         options: ValidationOptions,
         accelerator: Accelerator,
         run: Run,
-        adapter: ControlNetAdapter,
+        adapter: Adapter,
         validation: Validation | None,
         *,
         last_step: int,
@@ -65,12 +65,12 @@ class Looks:
         self._keeping: _Keeping | None = None
         if validation is None:
             return
-        if not paints and options.adherence_every:
+        if not paints and options.adherence_every and validation.samples.conditions:
             warn(f"adherence is not measured: {validation.model.name} has no VAE to paint with")
         elif paints and options.most_painted:
             baseline = Baseline.of(run.folder)
             self._painter = Painter(validation, baseline, options.most_painted)
-            if options.adherence_every:
+            if options.adherence_every and validation.samples.conditions:
                 self._keeping = _Keeping(validation, baseline, self._painter)
 
     def begin(self, step: int) -> None:
@@ -126,7 +126,7 @@ class Looks:
             with self._eager():
                 held_out = fit.look(validation, partial(validation.held_out, self.adapter))
             figures["held_out"] = held_out
-            words.append(_losses_in_words(held_out))
+            words.append(_losses_in_words(held_out, self._what))
         if adherent or pictures:
             painted = self._paint(validation, step, adherent=adherent, pictures=pictures)
             if adherent and (kept := self._adherence(painted)) is not None:
@@ -159,22 +159,35 @@ class Looks:
         return painted
 
     def _show(self, validation: Validation, step: int, painted: Sequence[Picture], references: References) -> None:
-        indices = validation.indices[: len(painted)]
-        fixed = [
-            {"drawing": validation.drawing(index), "without": without, "original": original}
-            for index, without, original in zip(indices, references.without, references.originals, strict=False)
-        ]
-        samples, captions = validation.samples, validation.samples.caption_texts(indices)
+        samples, indices = validation.samples, validation.indices[: len(painted)]
+        known: dict[str, Sequence[Picture]] = {
+            "drawing": [validation.drawing(index) for index in indices] if samples.conditions else [],
+            "without": references.without,
+            "original": references.originals,
+        }
+        known = {name: shown for name, shown in known.items() if shown}
+        fixed = [{name: shown[i] for name, shown in known.items()} for i in range(len(indices))]
+        captions = samples.caption_texts(indices)
         keyed = zip(indices, captions, strict=True)
         self.run.save_held_out([{"key": samples.key(index), "caption": caption} for index, caption in keyed], fixed)
         self.run.save_paintings(step, painted)
-        rows = zip(fixed, painted, strict=True)
-        sheet = grid([[of["drawing"], picture, of["without"], of["original"]] for of, picture in rows], HEADINGS)
+        columns = [name for name in HEADINGS if name == "painted" or name in known]
+        rows = [{**of, "painted": picture} for of, picture in zip(fixed, painted, strict=True)]
+        sheet = grid([[row[name] for name in columns] for row in rows], [self._heading(name) for name in columns])
         path = self.run.save_picture(step, sheet)
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"held_out": sheet[None]}, step=step, **layout)
         say(f"step {step}: pictures in {path}")
+
+    def _heading(self, column: str) -> str:
+        return HEADINGS[column].format(self._what)
+
+    @property
+    def _what(self) -> str:
+        if self.adapter.conditioned:
+            return "control"
+        return f"the {self.adapter.title}" if self.adapter.keeps_base else "training"
 
     def _adherence(self, painted: Sequence[Picture]) -> dict[str, float] | None:
         assert self._keeping is not None
@@ -289,9 +302,12 @@ class _Keeping:
         return [adherence.compare(*pair, names) for pair in zip(drawn, wanted, strict=True)]
 
 
-def _losses_in_words(figures: dict[str, float]) -> str:
+def _losses_in_words(figures: dict[str, float], what: str) -> str:
     gap = f", own drawing beats another's by {figures['condition_gap']:.4f}" if "condition_gap" in figures else ""
-    return f"held-out loss {figures['loss']:.4f}, without control {figures['loss_without_control']:.4f}{gap}"
+    without = ""
+    if "loss_without_control" in figures:
+        without = f", without {what} {figures['loss_without_control']:.4f}"
+    return f"held-out loss {figures['loss']:.4f}{without}{gap}"
 
 
 def _adherence_in_words(figures: dict[str, float]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from shared.errors import UserError
+from train import adapters
 from train.buckets import make_buckets
 from train.counting import ROUNDING, Holder, Segment, Setting, Trace, Work, trace
 from train.offload import NUM_SLOTS
@@ -164,13 +165,15 @@ def cheapest_change(setting: Setting, budget_bytes: int) -> str | None:
 def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """What can be given up, from what costs least to what costs most: option words, and the setting then."""
     on_host = replace(setting.optimizer, states="cpu")
-    if setting.base == "none":
-        yield "--base.weights int8", replace(setting, base="int8")
-    kept = replace(setting, base="int8" if setting.base == "none" else setting.base)
-    if not setting.hoist:
+    frozen = adapters.get(setting.adapter).keeps_base
+    kept = setting
+    if setting.base == "none" and frozen:
+        kept = replace(setting, base="int8")
+        yield "--base.weights int8", kept
+    if not setting.hoist and frozen:
         kept = replace(kept, hoist=True)
         yield "--memory.hoist yes", kept
-    if setting.cards > 1 and not setting.shard and not setting.stream and setting.base != "quanto":
+    if setting.cards > 1 and frozen and not setting.shard and not setting.stream and setting.base != "quanto":
         yield "--memory.shard yes", replace(kept, shard=True)
     for batch_size in range(setting.batch_size - 1, 0, -1):
         if setting.batch_size % batch_size == 0 and not setting.optimizer.release:
@@ -188,15 +191,16 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
         words = f"{words} --optimizer.states cpu".strip()
         kept = replace(kept, optimizer=on_host)
         yield words, kept
-    if not setting.stream:
+    if not setting.stream and frozen:
         alone = replace(kept, stream=True, optimizer=setting.optimizer, averaged=setting.averaged)
         yield "--memory.stream yes", alone
         kept = replace(kept, stream=True)
         yield f"{words} --memory.stream yes".strip(), kept
     if setting.accumulation == 1 and not setting.optimizer.release:
         releasing = replace(kept.optimizer, release=True, clip="parameter")
+        streamed = "--memory.stream yes " if frozen else ""
         yield (
-            f"{words} --memory.stream yes --optimizer.release True --optimizer.clip parameter".strip(),
+            f"{words} {streamed}--optimizer.release True --optimizer.clip parameter".strip(),
             replace(kept, optimizer=releasing),
         )
     if setting.batch_size > 1 or setting.accumulation > 1:
@@ -207,10 +211,14 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
 def describe(setting: Setting) -> str:
     """The setting in a few words."""
     return (
-        f"DEPTH {setting.depth[0]}-{setting.depth[1]} at {setting.width}x{setting.height} px with "
+        f"{_trained_words(setting)} at {setting.width}x{setting.height} px with "
         f"{setting.text_length} text tokens, batch {setting.batch_size}"
         + (f" x {setting.accumulation}" if setting.accumulation > 1 else "")
     )
+
+
+def _trained_words(setting: Setting) -> str:
+    return f"DEPTH {setting.depth[0]}-{setting.depth[1]}" if any(setting.depth) else f"adapter {setting.adapter}"
 
 
 # The search
@@ -273,7 +281,8 @@ def _peak(setting: Setting, traced: Trace, segments: Iterator[Segment]) -> _Peak
     highest = _Peak(live, live, "forward", held.copy(), states)
     for segment in segments:
         # A weight that is stepped in the middle of backward takes what the optimizer's step takes otherwise.
-        released = stepping if setting.optimizer.release and segment.part == "controlnet" and segment.backward else 0
+        trained = "controlnet" if adapters.get(setting.adapter).keeps_base else "base"
+        released = stepping if setting.optimizer.release and segment.part == trained and segment.backward else 0
         if live + segment.peak_bytes + released > highest.num_bytes:
             when = f"{'backward' if segment.backward else 'forward'} of the {_name(segment.part)}"
             highest = _Peak(live + segment.peak_bytes + released, 0, when, held.copy(), states)

@@ -1,4 +1,4 @@
-"""What is in memory while training: the frozen base and the ControlNet, arranged for the card that they are on.
+"""What is in memory while training: the base and what is trained on it, arranged for the card that they are on.
 
 The order matters: the base is opened quantized and hoisted, then its blocks are compiled, then streamed; which blocks
 recompute their activations (`train.recompute`) can change between steps. Several ControlNets may train on one base, in
@@ -16,8 +16,8 @@ import torch
 from shared.families.base import Family
 from shared.model_folder import ModelFolder
 from shared.report import Component, component
-from train import checkpoints, compile, eight_bit, sharding, streaming
-from train.adapters.controlnet import ControlNetAdapter, parse_depth
+from train import adapters, compile, eight_bit, sharding, streaming
+from train.adapters.base import Adapter, Start
 from train.base_store import open_base
 from train.config import TrainConfig
 from train.modulation import HoistedLinear, LinearsOnDisk, Modulation, places_of
@@ -47,7 +47,7 @@ class Base:
 class Models:
     """The models of one run, on their device."""
 
-    adapter: ControlNetAdapter
+    adapter: Adapter
     modulation: Modulation | None
     """Where the base's is kept off the device."""
     stream: streaming.Stream | None
@@ -104,27 +104,26 @@ def load(
     num_shapes: int,
     checkpoint: Path | None,
 ) -> Models:
-    """The ControlNet with weights of dtype `weights`, of the last `checkpoint` or new, on a base computed in `dtype`,
-    which is opened after all that may be refused of the ControlNet. `num_shapes`: how many shapes full batches will
+    """What is trained, with weights of dtype `weights`, of the last `checkpoint` or new, on a base computed in `dtype`,
+    which is opened after all that may be refused of the adapter. `num_shapes`: how many shapes full batches will
     have. Raises `UserError`."""
-    if (start := options.controlnet.start_from) is None:
-        controlnet = family.make_controlnet(model, *parse_depth(options.depth), options.controlnet.embedder, weights)
-    else:  # it may since have been moved: a run that goes on has its own copy
-        source = start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET)
-        controlnet = family.load_controlnet(source, weights)
-        family.check_controlnet(controlnet, family.make_base(model), options.controlnet.control_mode)
-    controlnet.to(device=device, dtype=weights).train()
+    kind = adapters.get(options.adapter)
+    saved = None if checkpoint is None else checkpoint / kind.folder
+    attach = kind.begin(Start(options, family, model, device, weights, saved))
     base = open_frozen_base()
-    components = [base.component, component("controlnet", controlnet)]
+    adapter = attach(base.module)
+    if adapter.trained is adapter.base:
+        components = [component(f"{family.name} base, trained", adapter.base)]
+    else:
+        components = [base.component, component(kind.name, adapter.trained)]
     modulation = None
     if base.places is not None:
         modulation = Modulation(
             family, base.module, LinearsOnDisk(model, family.base_component),
-            guidance=options.controlnet.guidance, device=device, dtype=dtype, places=base.places,
+            guidance=adapter.guidance, device=device, dtype=dtype, places=base.places,
         )  # fmt: skip
-    if base.compiled:
-        compile.compile_blocks(family.blocks(controlnet), num_shapes=num_shapes)
-    adapter = ControlNetAdapter(family, base.module, controlnet, options.controlnet)
-    if checkpoint is not None:
-        adapter.load(checkpoint / checkpoints.CONTROLNET)
+    if base.compiled and adapter.with_blocks is not None:
+        compile.compile_blocks(family.blocks(adapter.with_blocks), num_shapes=num_shapes)
+    if saved is not None:
+        adapter.load(saved)
     return Models(adapter, modulation, base.stream, base.shards, base.compiled, components)

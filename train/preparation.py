@@ -14,12 +14,12 @@ from accelerate.utils import broadcast
 
 from shared import atomic, families
 from shared.cache.reader import Cache
+from shared.config import differences, to_dict
 from shared.errors import EXIT_REFUSED, UserError
 from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import say, warn
-from train import checkpoints, fit, processes
-from train.adapters.controlnet import ControlNetOptions, parse_depth
+from train import adapters, checkpoints, fit, processes
 from train.config import TrainConfig
 from train.counting import Setting
 from train.early_stop import taken_up
@@ -92,7 +92,8 @@ def ground_of(options: TrainConfig) -> Ground:
     """What the run stands on. Raises `UserError` where options, cache and model do not fit each other."""
     cache = Cache(options.cache, options.remote)
     family = families.get(cache.family)
-    conditions = options.condition or (cache.manifest["condition"],)
+    adapter = adapters.get(options.adapter)
+    conditions = (options.condition or (cache.manifest["condition"],)) if adapter.conditioned else ()
     samples = CachedSamples(cache, family, conditions, "train")
     held_out = CachedSamples(cache, family, conditions, "validation")
     if not len(samples):
@@ -103,7 +104,7 @@ def ground_of(options: TrainConfig) -> Ground:
         revision=options.revision or (None if options.model else cache.manifest["model"]["revision"]),
     )
     remark = family.check_base(model, samples.shapes, samples.recipes)
-    _refuse_depth(family, model, options)
+    adapter.refuse(options, family, model)
     facts = {
         "family": family.name,
         "model": {"name": model.name, "revision": model.revision},
@@ -167,20 +168,10 @@ def ready(begun: Begun, fitted: fit.Fit) -> Prepared:
     )  # fmt: skip
 
 
-def _refuse_depth(family: Family, model: ModelFolder, options: TrainConfig) -> None:
-    depth, deepest = parse_depth(options.depth), family.max_depth(model)
-    if options.controlnet.start_from is None and (depth[0] > deepest[0] or depth[1] > deepest[1]):
-        raise UserError(
-            f"DEPTH {options.depth} is deeper than the base: {model.name} has "
-            f"{deepest[0]}-{deepest[1]} blocks to start from"
-        )
-
-
 def _depth(family: Family, options: TrainConfig, checkpoint: Path | None) -> tuple[int, int]:
-    """Of the ControlNet that is trained: as asked for, or as the one has it that is gone on with."""
-    if (start := options.controlnet.start_from) is None:
-        return parse_depth(options.depth)
-    return family.controlnet_depth(start if checkpoint is None else str(checkpoint / checkpoints.CONTROLNET))
+    """Of what is trained, blocks of its own."""
+    adapter = adapters.get(options.adapter)
+    return adapter.depth(options, family, None if checkpoint is None else checkpoint / adapter.folder)
 
 
 def _begun_before(
@@ -260,6 +251,8 @@ def setting_of(
         weights=weights,
         optimizer=options.optimizer,
         averaged=options.ema.on_device,
+        adapter=options.adapter,
+        lora=options.lora,
     )
 
 
@@ -286,9 +279,14 @@ def _warn(
     if options.early_stop.on and not len(parts[1]):
         unused.append("early_stop.patience")
     unused += [f"loader.{name}" for name in options.loader.unused(remote=parts[0].cache.storage.remote)]
-    if options.controlnet.start_from is not None and options.controlnet.embedder != ControlNetOptions.embedder:
-        unused.append("controlnet.embedder")
-    if not options.loader.condition_draw and "condition_latents.std" not in parts[0].shapes:
+    adapter = adapters.get(options.adapter)
+    unused += adapter.unused(options)
+    others = {name for name in adapters.names() if name != adapter.name}
+    if not adapter.conditioned:
+        others |= {"condition", "loader.condition_draw", "depth"}
+    changed = differences(to_dict(TrainConfig()), to_dict(options))
+    unused += [key for key in changed if key in others or key.split(".")[0] in others]
+    if adapter.conditioned and not options.loader.condition_draw and "condition_latents.std" not in parts[0].shapes:
         unused.append("loader.condition_draw")  # of a posterior that is no more, nothing can be drawn
     for name in unused:
         warn(f"option {name} has no effect with the other options as they are")
@@ -319,10 +317,10 @@ def dtypes(options: TrainConfig, device: torch.device) -> tuple[torch.dtype, tor
     named = {"bf16": torch.bfloat16, "fp32": torch.float32}
     named["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
     compute = named[options.precision]
-    weights = compute if options.controlnet.weights == "auto" else named[options.controlnet.weights]
-    if (compute, weights) == (torch.float32, torch.bfloat16):
-        raise UserError(
-            "controlnet.weights bf16 are computed in bf16, but the precision is fp32: set precision bf16 too, or leave "
-            "controlnet.weights out"
-        )
-    return compute, weights
+    return compute, adapters.get(options.adapter).precision(options, compute)
+
+
+def base_dtype(options: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of the base's weights that are not quantized."""
+    compute, weights = dtypes(options, device)
+    return compute if adapters.get(options.adapter).keeps_base else weights

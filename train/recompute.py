@@ -22,11 +22,13 @@ from shared.families.base import Family
 
 
 def apply(
-    family: Family, base: torch.nn.Module, controlnet: torch.nn.Module, base_blocks: int, controlnet_blocks: int
+    family: Family, base: torch.nn.Module, controlnet: torch.nn.Module | None, base_blocks: int, controlnet_blocks: int
 ) -> tuple[int, int]:
-    """Of the base and the ControlNet (the bare module), recompute the first blocks in order of execution, as many of
-    each as are asked for or as there are; keep the activations of all others. Back comes how many it are."""
-    return _first(family, base, base_blocks), _first(family, controlnet, controlnet_blocks)
+    """Of the base and the ControlNet (the bare module; None where there is none), recompute the first blocks in order
+    of execution, as many of each as are asked for or as there are; keep the activations of all others. Back comes how
+    many it are."""
+    own = 0 if controlnet is None else _first(family, controlnet, controlnet_blocks)
+    return _first(family, base, base_blocks), own
 
 
 def _first(family: Family, module: torch.nn.Module, count: int) -> int:

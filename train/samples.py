@@ -78,7 +78,8 @@ class CachedSamples:
     """
 
     def __init__(self, cache: Cache, family: Family, conditions: str | Sequence[str], split: str) -> None:
-        """Raises `UserError` where the cache lacks a condition or a layer, or conditions cannot be mixed."""
+        """`conditions`: none where what is trained reads none, whatever the cache has. Raises `UserError` where the
+        cache lacks a condition or a layer, or conditions cannot be mixed."""
         self.conditions = (conditions,) if isinstance(conditions, str) else tuple(conditions)
         self.cache, self.split = cache, split
         for condition in self.conditions:
@@ -88,7 +89,9 @@ class CachedSamples:
                     f"Add it: make preprocess DATA=... CACHE={cache.url} CONDITION={condition}"
                 )
         self.layers: dict[str, tuple[LayerKind, tuple[Layer, ...]]] = {
-            kind.name: (kind, tuple(cache.layer(name) for name in self._names(kind))) for kind in family.layers
+            kind.name: (kind, tuple(cache.layer(name) for name in self._names(kind)))
+            for kind in family.layers
+            if self.conditions or kind.reads != "condition"
         }
         """By the family's name: the kind, and the layer of each condition; of what no condition is in, one layer."""
         self._rows = {
@@ -100,7 +103,7 @@ class CachedSamples:
 
     def _names(self, kind: LayerKind) -> list[str]:
         """The layers of this kind, as the cache names them."""
-        return list(dict.fromkeys(kind.name_in_cache(condition) for condition in self.conditions))
+        return list(dict.fromkeys(kind.name_in_cache(condition) for condition in self.conditions or ("",)))
 
     def _usable(self) -> tuple[list[Size], NDArray[np.int64] | None]:
         """The shapes in order, with the indices that they share out; each index's number, None where they are the
@@ -252,7 +255,7 @@ class CachedSamples:
 
     def condition_of(self, index: int) -> int:
         """Which of the conditions a held-out sample is looked at with: they take turns."""
-        return index % len(self.conditions)
+        return index % max(1, len(self.conditions))
 
     def images(self) -> Images:
         """The samples by the images that they are variants of. Variants of different shapes, which preprocessing does

@@ -17,12 +17,11 @@ import torch
 
 from shared.errors import UserError
 from shared.families.base import Batch, Family
-from train.adapters.controlnet import ControlNetAdapter
+from train.adapters.base import Adapter
 from train.compile import eager
 from train.modulation import Modulation
 from train.objectives import Objective
 from train.optimizer import Optimizer
-from train.quantize import refuse_trainable
 from train.transfer import send
 from train.validation import seed_of
 
@@ -39,7 +38,7 @@ class Step:
     def __init__(
         self,
         family: Family,
-        adapter: ControlNetAdapter,
+        adapter: Adapter,
         objective: Objective,
         optimizer: Optimizer,
         *,
@@ -73,7 +72,9 @@ class Step:
         family, recipes = self.family, self.recipes
         generator = self._generator(self.device, batch.position, NOISE)
         x_0 = family.model_latents(batch.role("latents"), recipes["latents"], generator, self.dtype)
-        condition = family.condition(batch, recipes, generator if self.condition_draw else None, self.dtype)
+        condition = None
+        if self.adapter.conditioned:
+            condition = family.condition(batch, recipes, generator if self.condition_draw else None, self.dtype)
         inputs = family.inputs(batch, condition, self.dtype)
         t = send(self.times(batch.position, len(batch)), self.device)
         noised = self.objective.noise(x_0, t, generator)  # x_t, t, target, weight
@@ -104,7 +105,7 @@ class Step:
         """Step number `step` (the first is 1) at this learning rate. Back come loss, norm of the gradient and learning
         rate; what came of the update is known later: see `arrived` and `late`. Raises `UserError` naming the samples
         where the loss or the gradient is not finite, before any weight has moved."""
-        refuse_trainable(self.adapter.base)
+        self.adapter.refuse_trainable_base()
         optimizer = self.optimizer
         measure = optimizer.options.measures(step)
         optimizer.begin(rate, seed_of(self.seed, step, ROUNDING), measure=measure)

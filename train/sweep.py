@@ -28,7 +28,7 @@ from shared import atomic
 from shared.config import load, to_dict, to_yaml
 from shared.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, UserError, run_command_line
 from shared.report import progress, say, table, warn
-from train import children, grid, outcomes
+from train import adapters, children, grid, outcomes
 from train.grid import Experiment, SweepConfig
 from train.outcomes import DONE
 from train.stopping import Stop, stopping
@@ -79,7 +79,7 @@ def refuse_impossible(found: Sequence[Experiment]) -> None:
     for experiment in found:
         options = experiment.options
         reads = (options.cache, options.remote, options.model, options.revision, options.condition, options.depth)
-        key = repr((reads, options.controlnet.start_from))
+        key = repr((reads, options.controlnet.start_from, options.adapter, options.lora))
         try:
             if key not in looked:
                 looked[key] = ground_of(options).facts
@@ -94,6 +94,8 @@ def refuse_other_bases(found: Sequence[Experiment]) -> None:
         for key in experiment.varied:
             if any(key == name or (name.endswith(".") and key.startswith(name)) for name in _BASE_OPTIONS):
                 raise UserError(f"SHARED_BASE: {key} makes another base of it, so it cannot be varied on a shared one")
+        if not adapters.get(experiment.options.adapter).shares_base:
+            raise UserError(f"SHARED_BASE: adapter {experiment.options.adapter} changes what the base computes")
         if experiment.options.tracker == "wandb":
             raise UserError("SHARED_BASE: W&B follows one run in a process; set --tracker tensorboard or none")
 
@@ -129,7 +131,10 @@ class Record:
 
     @staticmethod
     def _is_done(experiment: Experiment, state: Mapping[str, Any]) -> bool:
-        return state.get("outcome") in DONE and (experiment.folder / "controlnet").is_dir()
+        return (
+            state.get("outcome") in DONE
+            and (experiment.folder / adapters.get(experiment.options.adapter).folder).is_dir()
+        )
 
     def recipe(self, name: str) -> Path:
         """Where an experiment's options are."""

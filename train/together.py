@@ -25,7 +25,7 @@ from shared import atomic
 from shared.config import load
 from shared.errors import EXIT_INCOMPLETE, UserError, run_command_line
 from shared.report import quiet_libraries, say, speaking_as, warn
-from train import attention, fit, grid, outcomes
+from train import adapters, attention, fit, grid, outcomes
 from train.budget import grow_segments
 from train.config import TrainConfig
 from train.memory_plan import resting_bytes
@@ -125,6 +125,11 @@ class _SideBySide:
                         f"{next(iter(needs))} and {name} cannot share a base: {key} is {value} and {mine[key]}"
                     )
         for begun, _ in found.values():
+            if len(found) > 1 and not adapters.get(begun.options.adapter).shares_base:
+                raise UserError(
+                    f"adapter {begun.options.adapter} changes what the base computes, so it does not share one with "
+                    "other runs: start it by itself"
+                )
             if begun.accelerator.num_processes > 1:
                 raise UserError("runs side by side share one process, and here are several: start it by itself")
             if begun.options.tracker == "wandb" and len(found) > 1:

@@ -1,4 +1,4 @@
-"""The training stage: cache -> a trained ControlNet. Only the frozen base and the ControlNet are in memory.
+"""The training stage: cache -> trained weights. Only the base and what is trained on it are in memory.
 
 The step is a function of (weights, batch, seed): data order, captions, noise, times and rounding are drawn from the
 seed and a position, so that a resumed run goes on as an undisturbed one would have: on the CPU to the bit, on a GPU as
@@ -26,7 +26,7 @@ from train.ema import Ema
 from train.looks import Looks
 from train.objectives import Objective
 from train.optimizer import Optimizer, learning_rate
-from train.preparation import Prepared, dtypes, prepare
+from train.preparation import Prepared, base_dtype, dtypes, prepare
 from train.step import Step
 from train.stopping import Stop, stopping
 from train.validation import Validation, flatten
@@ -71,7 +71,7 @@ def open_base(prepared: Sequence[Prepared], attention: str) -> models.Base:
     shapes = {(run.fitted.loader.batch_size, *size) for run in prepared for size in run.loader.samples.sizes}
     return models.open_frozen(
         first.options, first.family, first.model,
-        device=device, dtype=dtypes(first.options, device)[0], hoist=first.fitted.hoist, stream=first.fitted.stream,
+        device=device, dtype=base_dtype(first.options, device), hoist=first.fitted.hoist, stream=first.fitted.stream,
         num_shapes=len(shapes), attention=attention,
         shard_over=processes.per_machine(first.accelerator) if first.fitted.shard else 1,
     )  # fmt: skip
@@ -81,7 +81,7 @@ class Trainer:
     """One run in one process (of possibly several)."""
 
     def __init__(self, prepared: Prepared, base: models.Base | None = None) -> None:
-        """Load the ControlNet, and the base unless one is given. With a checkpoint, go back to its state: weights,
+        """Load what is trained, and the base unless one is given. With a checkpoint, go back to its state: weights,
         optimizer; the loader is there already."""
         options, accelerator, family, model = prepared.options, prepared.accelerator, prepared.family, prepared.model
         fitted, loader, checkpoint = prepared.fitted, prepared.loader, prepared.checkpoint
@@ -105,10 +105,8 @@ class Trainer:
         if options.ema.on and accelerator.is_main_process:
             self.ema = Ema(options.ema, dict(self.adapter.named_parameters()))
             if checkpoint is not None:
-                self.ema.load(checkpoint / checkpoints.EMA)
-        self.adapter.module = processes.together(
-            self.adapter.controlnet, accelerator, idle=self.adapter.has_idle_parameters
-        )
+                self.ema.load(self.adapter.read(checkpoint / checkpoints.EMA))
+        self.adapter.module = processes.together(self.adapter.bare, accelerator, idle=self.adapter.has_idle_parameters)
         self.objective: Objective = objectives.make(options.objective, family, model)
         self.step = Step(
             family, self.adapter, self.objective, self.optimizer,
@@ -126,8 +124,8 @@ class Trainer:
         if len(prepared.held_out) and accelerator.is_main_process:
             self.validation = Validation(
                 prepared.held_out, family, model, self.objective, options.validation,
-                seed=options.validation.seed, device=self.device, dtype=self.dtype, baseline=Baseline.of(self.run.folder),
-                modulation=modulation,
+                seed=options.validation.seed, device=self.device, dtype=self.dtype,
+                baseline=Baseline.of(self.run.folder), modulation=modulation,
             )  # fmt: skip
         self.look = Looks(
             options.validation, accelerator, self.run, self.adapter, self.validation,
@@ -258,7 +256,7 @@ class Trainer:
             say(self.early_stop.words())
         say(
             f"{'trained to' if trained else 'stopped and saved at'} step {step}: "
-            f"{self.run.folder / checkpoints.CONTROLNET}; {waited:.1%} of the time went into waiting for data, "
+            f"{self.run.folder / self.adapter.folder}; {waited:.1%} of the time went into waiting for data, "
             f"{self._look_share():.1%} into looks"
         )
 
@@ -305,10 +303,13 @@ class Trainer:
                 "trainer": {"samples_seen": self.samples_seen, "early_stop": self.early_stop.state()},
                 "times": {"device_seconds": self.device_seconds, "look_seconds": self.look.seconds},
             }
-            average = None if self.ema is None else partial(self.ema.save, module=self.adapter.controlnet)
+            average = None if self.ema is None else partial(self.ema.save, write=self.adapter.write)
             beside = {} if average is None else {checkpoints.EMA: average}
             keep = self.options.checkpoint.keep
-            checkpoints.save(self.run.folder, step, self.adapter.save, tensors, state, keep, beside, best=best)
+            checkpoints.save(
+                self.run.folder, step, self.adapter.save, tensors, state, keep, beside, best=best,
+                name=self.adapter.folder,
+            )  # fmt: skip
         self.accelerator.wait_for_everyone()
 
     def _anyone(self, asked: bool) -> bool:

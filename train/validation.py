@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,13 +22,14 @@ from PIL import Image
 from shared.errors import UserError
 from shared.families.base import Batch, Family, Inputs
 from shared.model_folder import ModelFolder
-from train.adapters.controlnet import ControlNetAdapter
+from train.adapters.base import Adapter
 from train.baseline import Baseline
 from train.loader import to_device
 from train.modulation import Modulation, Rows
 from train.objectives import Objective
 from train.order import Permutation
-from train.samples import CachedSamples, Size
+from train.rows import Buffers
+from train.samples import EMPTY_CAPTION, CachedSamples, Choice, Size
 
 Control = Literal["own", "other", "none"]
 _LOSSES = 5
@@ -45,7 +46,7 @@ class ValidationOptions:
     samples: int = 16
     """Held-out samples of the grid."""
     timesteps: int = 4
-    """Values of t for each, the middles of equal parts of [0, 1]."""
+    """Values of t for each, at the middles of equal parts of the way from data to noise."""
     pictures_every: int = 500
     """Steps between pictures; 0 turns them off. The VAE's decoder is loaded for the moment only."""
     pictures: int = 4
@@ -135,6 +136,15 @@ class Validation:
         for part in self._parts(indices):
             yield part, to_device(self.samples.batch(part), self.device)
 
+    def uncaptioned(self, indices: list[int], batch: Batch) -> Batch:
+        """The batch of these samples with the empty caption in the place of theirs."""
+        count = len(indices)
+        choice = Choice(indices, [EMPTY_CAPTION] * count, [0] * count, [0.0] * count)
+        layers = [name for name, (kind, _) in self.samples.layers.items() if kind.rows == "captions"]
+        empty, stacking = self.samples.begin_batch(choice, Buffers(pinned=False), layers)
+        empty.tensors = stacking.finish()
+        return replace(batch, tensors={**batch.tensors, **to_device(empty, self.device).tensors})
+
     def _parts(self, indices: list[int]) -> list[list[int]]:
         """The indices of each batch."""
         by_size: dict[Size, list[int]] = {}
@@ -169,17 +179,19 @@ class Validation:
         """Final latents (B, ...), nothing drawn: posterior means, or the draws that are cached in their place."""
         return self.family.model_latents(batch.role("latents"), self.samples.recipes["latents"], None, self.dtype)
 
-    def condition(self, batch: Batch) -> torch.Tensor:
-        """What the ControlNet is shown, nothing drawn."""
+    def condition(self, batch: Batch) -> torch.Tensor | None:
+        """What the ControlNet is shown, nothing drawn; None where what is trained reads no condition."""
+        if not self.samples.conditions:
+            return None
         return self.family.condition(batch, self.samples.recipes, None, self.dtype)
 
     @torch.no_grad()
-    def losses(self, adapter: ControlNetAdapter, control: Control) -> torch.Tensor:
+    def losses(self, adapter: Adapter, control: Control) -> torch.Tensor:
         """(samples, timesteps) fp32: the loss of each cell of the grid. With "other" the condition is the next held-out
         sample's of the same shape; a sample that is the only one of its shape is NaN."""
         indices = self.indices[: self.options.samples]
         J = self.options.timesteps
-        times = torch.tensor([(j + 0.5) / J for j in range(J)])
+        times = self.objective.time_at(torch.tensor([(j + 0.5) / J for j in range(J)]))
         if self._grid_rows is None:
             self._grid_rows = self.rows(self._parts(indices), times)
         losses = torch.full((len(indices), J), math.nan)
@@ -210,32 +222,40 @@ class Validation:
         size = self.samples.size_of(index)
         return index + 1 if index + 1 < size.stop else size.start
 
-    def held_out(self, adapter: ControlNetAdapter) -> dict[str, float]:
+    def held_out(self, adapter: Adapter) -> dict[str, float]:
         """The figures of one look: losses, gaps with their standard errors, and the loss by t."""
         own = self.losses(adapter, "own")
         self.last_losses = own.mean(dim=1).tolist()
-        if self._without is None:
-            self._without = self._losses_without(adapter)
-        other = self.losses(adapter, "other")
-        figures = {
-            "loss": own.mean().item(),
-            "loss_error": standard_error(own),
-            "loss_without_control": self._without.mean().item(),
-            "control_gap": (self._without - own).mean().item(),
-            "control_gap_error": standard_error(self._without - own),
-        }
-        paired = ~other.isnan().any(dim=1)  # rows: samples that have another of their shape
-        if paired.any():
-            # As `loss` would be with another's drawing, so that the two compare where some samples have no partner.
-            figures["loss_other_drawing"] = torch.where(other.isnan(), own, other).mean().item()
-            figures["condition_gap"] = (other - own)[paired].mean().item()
-            figures["condition_gap_error"] = standard_error((other - own)[paired])
+        figures = {"loss": own.mean().item(), "loss_error": standard_error(own)}
+        if adapter.keeps_base:
+            if self._without is None:
+                self._without = self._losses_without(adapter)
+            figures |= {
+                "loss_without_control": self._without.mean().item(),
+                "control_gap": (self._without - own).mean().item(),
+                "control_gap_error": standard_error(self._without - own),
+            }
+        if adapter.conditioned:
+            figures |= self._of_other_drawings(adapter, own)
         for j, loss in enumerate(own.mean(dim=0).tolist()):
             name = f"loss_t{(j + 0.5) / self.options.timesteps:.3f}"
             figures |= {name: loss, f"{name}_error": standard_error(own[:, j : j + 1])}
         return figures
 
-    def _losses_without(self, adapter: ControlNetAdapter) -> torch.Tensor:
+    def _of_other_drawings(self, adapter: Adapter, own: torch.Tensor) -> dict[str, float]:
+        """What tells whether the drawing is followed; empty where no sample has another one of its shape."""
+        other = self.losses(adapter, "other")
+        paired = ~other.isnan().any(dim=1)  # rows: samples that have another of their shape
+        if not paired.any():
+            return {}
+        # As `loss` would be with another's drawing, so that the two compare where some samples have no partner.
+        return {
+            "loss_other_drawing": torch.where(other.isnan(), own, other).mean().item(),
+            "condition_gap": (other - own)[paired].mean().item(),
+            "condition_gap_error": standard_error((other - own)[paired]),
+        }
+
+    def _losses_without(self, adapter: Adapter) -> torch.Tensor:
         """The losses of the base alone: worked out once in a run, however often it is resumed."""
         facts = {
             **self.facts(self.indices[: self.options.samples]),
@@ -261,9 +281,7 @@ class Validation:
         return np.asarray(Image.open(io.BytesIO(drawings.read(key, last))).convert("RGB"))
 
 
-def predict(
-    adapter: ControlNetAdapter, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, control: Control
-) -> torch.Tensor:
+def predict(adapter: Adapter, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, control: Control) -> torch.Tensor:
     """The model's prediction (B, ...), with or without the ControlNet."""
     if control == "none":
         return adapter.predict_without(x_t, t, inputs)

@@ -14,6 +14,7 @@ from PIL import Image
 from shared import atomic, config, families
 from shared.model_folder import ModelFolder
 from train import checkpoints
+from train.adapters.controlnet import write_model
 from train.config import TrainConfig
 from train.ema import Ema, EmaOptions
 
@@ -50,7 +51,7 @@ def make_run(
         average = Ema(EmaOptions(profile="power"), dict(controlnet.named_parameters()))
         for tensor in average.average.values():
             tensor.mul_(0.5)  # so that it is not the weights
-        beside = {"ema": partial(average.save, module=controlnet)} if averaged else {}
+        beside = {"ema": partial(average.save, write=partial(write_model, controlnet))} if averaged else {}
         checkpoints.save(folder, step, controlnet.save_pretrained, {}, {}, keep=0, beside=beside)  # type: ignore[arg-type]
         lines.append(f'{{"step": {step}, "held_out": {{"loss": 0.{step}5, "condition_gap": 0.0{step}1}}}}\n')
         Image.fromarray(np.full((8, 8, 3), step, np.uint8)).save(folder / "pictures" / f"step-{step:08d}.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from shared.errors import UserError
 from shared.model_folder import resolve
 from tests.train.conftest import content, controlnet_bytes, flux, losses, metrics, train_options
 from train import checkpoints, ema
+from train.adapters.controlnet import read_model, write_model
 from train.config import TrainConfig
 from train.counting import Setting
 from train.ema import Ema, EmaOptions, exponent_of, kept_share
@@ -210,14 +212,14 @@ def test_what_is_saved_is_read_by_diffusers_and_gone_on_with_to_the_bit(
     for step in (1, 2, 3):
         move(weights, step)
         made.update(step)
-    made.save(tmp_path / "ema", controlnet)
+    made.save(tmp_path / "ema", partial(write_model, controlnet))
     read = FluxControlNetModel.from_pretrained(tmp_path / "ema")
     assert read.config["num_layers"] == read.config["num_single_layers"] == 1
     for name, tensor in read.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, made.average[name])
     resumed = Ema(options(), weights)
-    resumed.load(tmp_path / "ema")
+    resumed.load(read_model(tmp_path / "ema"))
     move(weights, 4)
     for each in (made, resumed):
         each.update(4)
@@ -226,9 +228,9 @@ def test_what_is_saved_is_read_by_diffusers_and_gone_on_with_to_the_bit(
 
 def test_an_average_of_other_weights_is_refused(controlnet: torch.nn.Module, tmp_path: Path) -> None:
     weights = dict(controlnet.named_parameters())
-    Ema(options(), weights).save(tmp_path / "ema", controlnet)
+    Ema(options(), weights).save(tmp_path / "ema", partial(write_model, controlnet))
     with pytest.raises(UserError, match="does not hold the average of this run's weights"):
-        Ema(options(), {**weights, "more": torch.zeros(2)}).load(tmp_path / "ema")
+        Ema(options(), {**weights, "more": torch.zeros(2)}).load(read_model(tmp_path / "ema"))
 
 
 # --- in training ----------------------------------------------------------------------------------------------------

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from shared.errors import UserError
 from shared.families.base import Family, Inputs
+from shared.model_folder import ModelFolder
+from train.adapters.base import Adapter, Attach, Precision, Start, precision_named
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -27,7 +33,7 @@ class ControlNetOptions:
     """Go on training an existing ControlNet (a folder or a hub id); its depth then decides, not `depth`."""
     control_mode: int | None = None
     """Which mode of a union ControlNet to train; only together with `start_from`."""
-    weights: Literal["auto", "bf16", "fp32"] = "auto"
+    weights: Precision = "auto"
     """Precision of the trained weights. auto: bf16 with stochastic rounding on a GPU, fp32 on the CPU. fp32 costs
     twice the memory; on a GPU it is then computed in bf16 by autocast."""
     guidance: float = 3.5
@@ -51,20 +57,87 @@ def parse_depth(depth: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class ControlNetAdapter:
+class ControlNetAdapter(Adapter):
     """The ControlNet with its frozen base: predicts with and without it."""
+
+    name: ClassVar[str] = "controlnet"
+    folder: ClassVar[str] = "controlnet"
+    weights_file: ClassVar[str] = WEIGHTS
+    title: ClassVar[str] = "ControlNet"
+    conditioned: ClassVar[bool] = True
+    shares_base: ClassVar[bool] = True
 
     def __init__(
         self, family: Family, base: torch.nn.Module, controlnet: torch.nn.Module, options: ControlNetOptions
     ) -> None:
         self.family, self.base, self.options = family, base, options
-        self.controlnet = controlnet
-        """The bare module: what is saved and counted."""
-        self.module = controlnet
-        """What is called: the bare module, or its wrapper for several processes."""
+        self.controlnet = self.trained = self.bare = self.module = controlnet
+        self.guidance = options.guidance
+
+    @classmethod
+    def precision(cls, options: TrainConfig, compute: torch.dtype) -> torch.dtype:
+        return precision_named(options.controlnet.weights, compute, compute, "controlnet.weights")
+
+    @classmethod
+    def guidance_of(cls, options: TrainConfig) -> float:
+        return options.controlnet.guidance
+
+    @classmethod
+    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder) -> None:
+        depth, deepest = parse_depth(options.depth), family.max_depth(model)
+        if (
+            family.has_depths
+            and options.controlnet.start_from is None
+            and (depth[0] > deepest[0] or depth[1] > deepest[1])
+        ):
+            raise UserError(
+                f"DEPTH {options.depth} is deeper than the base: {model.name} has "
+                f"{deepest[0]}-{deepest[1]} blocks to start from"
+            )
+
+    @classmethod
+    def depth(cls, options: TrainConfig, family: Family, saved: Path | None) -> tuple[int, int]:
+        """As asked for, or as the one has it that is gone on with."""
+        if not family.has_depths:
+            return 0, 0
+        if (start := options.controlnet.start_from) is None:
+            return parse_depth(options.depth)
+        return family.controlnet_depth(start if saved is None else str(saved))
+
+    @classmethod
+    def run_name(cls, options: TrainConfig) -> str:
+        start = options.controlnet.start_from
+        return f"depth-{options.depth}" if start is None else f"from-{Path(start).name}"
+
+    @classmethod
+    def unused(cls, options: TrainConfig) -> list[str]:
+        ours = options.controlnet
+        without_effect = ours.start_from is not None and ours.embedder != ControlNetOptions.embedder
+        return ["controlnet.embedder"] if without_effect else []
+
+    @classmethod
+    def begin(cls, start: Start) -> Attach:
+        """The ControlNet is there before the base is: an int8 base has no weights to copy."""
+        options, family = start.options.controlnet, start.family
+        if options.start_from is None:
+            depth = cls.depth(start.options, family, None)
+            controlnet = family.make_controlnet(start.model, *depth, options.embedder, start.weights)
+        else:  # it may since have been moved: a run that goes on has its own copy
+            controlnet = family.load_controlnet(
+                options.start_from if start.saved is None else str(start.saved), start.weights
+            )
+            family.check_controlnet(controlnet, family.make_base(start.model), options.control_mode)
+        controlnet.to(device=start.device, dtype=start.weights).train()
+        return lambda base: cls(family, base, controlnet, options)
+
+    @classmethod
+    def empty(cls, family: Family, base: torch.nn.Module, like: Any, weights: torch.dtype) -> ControlNetAdapter:
+        num_layers, num_single_layers = like.depth
+        controlnet = family.make_empty_controlnet(num_layers, num_single_layers, like.model).to(weights)
+        return cls(family, base, controlnet.requires_grad_(True).train(), ControlNetOptions())
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
-        """Prediction (B, T, C) under the control of `inputs.condition`."""
+        """Under the control of `inputs.condition`."""
         # Looking at held-out samples is one process's business: the wrapper would have all of them take part.
         module = self.module if torch.is_grad_enabled() else self.controlnet
         with self._autocast(x_t):
@@ -77,39 +150,54 @@ class ControlNetAdapter:
         return self.family.predict(self.base, x_t, t, inputs, self.options.guidance, residuals)
 
     def predict_without(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Prediction (B, T, C) of the base alone."""
         return self.family.predict(self.base, x_t, t, inputs, self.options.guidance, None)
 
     @property
     def has_idle_parameters(self) -> bool:
-        """Whether some parameters never get a gradient."""
         return self.family.has_idle_parameters(self.base, self.controlnet)
+
+    @property
+    def with_blocks(self) -> torch.nn.Module:
+        return self.controlnet
 
     def _autocast(self, x_t: torch.Tensor) -> AbstractContextManager[object]:
         """fp32 weights with bf16 activations: computed in bf16, gradients arrive in fp32."""
         weights = next(self.controlnet.parameters()).dtype
-        if weights == x_t.dtype:
+        if weights == x_t.dtype or x_t.is_meta:  # which has no autocast: where memory is counted, it is imitated
             return nullcontext()
         return torch.autocast(x_t.device.type, dtype=x_t.dtype)
 
-    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """What the optimizer moves."""
-        return [(name, parameter) for name, parameter in self.controlnet.named_parameters() if parameter.requires_grad]
-
     def save(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Write the ControlNet as diffusers does: `FluxControlNetModel.from_pretrained(folder)` reads it. Back comes
-        what was to be written: the weights by name, on the device."""
+        """`FluxControlNetModel.from_pretrained(folder)` reads it. What comes back is on the device."""
         self.controlnet.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
         return self.controlnet.state_dict()
 
-    def load(self, folder: Path) -> None:
-        """Put saved weights back in place. Raises `UserError` where they are another ControlNet's."""
-        from safetensors.torch import load_file
+    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return write_model(self.controlnet, folder, tensors)
 
-        saved = load_file(folder / WEIGHTS)
-        ours = self.controlnet.state_dict()
-        if {name: tensor.shape for name, tensor in saved.items()} != {name: t.shape for name, t in ours.items()}:
-            raise UserError(f"{folder} holds a ControlNet of another shape than this run's; choose another NAME")
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                tensor.copy_(saved[name])
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        return read_model(folder)
+
+
+def write_model(module: torch.nn.Module, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Write `tensors` as diffusers writes `module`, what of it is not among them as it is. Back comes what was to be
+    written."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    module.save_config(folder)  # type: ignore[operator]
+    whole = {
+        name: tensors.get(name, tensor).detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
+    save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+    return whole
+
+
+def read_model(folder: Path) -> dict[str, torch.Tensor]:
+    """What diffusers, or `write_model`, has written into a folder."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / WEIGHTS)
+
+
+ADAPTER = ControlNetAdapter

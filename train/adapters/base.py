@@ -1,0 +1,184 @@
+"""The questions that an adapter answers: what is trained, how it predicts, how it is kept. Nobody else asks which one
+it is.
+
+Letters: B batch, T image tokens, C channels of a token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from shared.errors import UserError
+from shared.families.base import Family, Inputs
+from shared.model_folder import ModelFolder
+from train.quantize import refuse_trainable
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+Attach = Callable[[torch.nn.Module], "Adapter"]
+"""The base, on its device -> the adapter with it."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an adapter is made from, before the base is opened."""
+
+    options: TrainConfig
+    family: Family
+    model: ModelFolder
+    device: torch.device
+    weights: torch.dtype
+    """Of the trained weights."""
+    saved: Path | None
+    """The folder of weights of the checkpoint to go on from; `load` brings them in."""
+
+
+class Adapter(ABC):
+    """What is trained, with the base that it is trained on or in."""
+
+    name: ClassVar[str]
+    folder: ClassVar[str]
+    """Of its weights: in a checkpoint, and the link in a run's folder."""
+    weights_file: ClassVar[str]
+    """In that folder."""
+    title: ClassVar[str]
+    """In a sentence: "ControlNet"."""
+    conditioned: ClassVar[bool]
+    """Whether it reads the condition: what is cached of it is left alone otherwise."""
+    keeps_base: ClassVar[bool] = True
+    """Whether the base stays what it was, so that what it does without the adapter can be told at any time; and its
+    modulation can be computed ahead, its blocks streamed or spread over cards, its weights quantized."""
+    shares_base: ClassVar[bool] = False
+    """Whether several can train side by side on one base."""
+
+    family: Family
+    base: torch.nn.Module
+    trained: torch.nn.Module
+    """The module whose parameters are trained: what is counted and saved."""
+    bare: torch.nn.Module
+    """What is called to predict."""
+    module: torch.nn.Module
+    """The same while training: `bare`, or its wrapper for several processes."""
+    guidance: float
+    """That the base is told."""
+
+    # --- before anything is loaded ----------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def precision(cls, options: TrainConfig, compute: torch.dtype) -> torch.dtype:
+        """Of the trained weights, where it is computed in `compute`. Raises `UserError` where that cannot be."""
+
+    @classmethod
+    @abstractmethod
+    def guidance_of(cls, options: TrainConfig) -> float:
+        """`guidance`, before there is an adapter."""
+
+    @classmethod
+    @abstractmethod
+    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder) -> None:
+        """Refuse (`UserError`) what the adapter cannot be trained with. Reads configuration files only."""
+
+    @classmethod
+    @abstractmethod
+    def depth(cls, options: TrainConfig, family: Family, saved: Path | None) -> tuple[int, int]:
+        """Blocks of its own: (num_layers, num_single_layers). `saved`: as in `Start`."""
+
+    @classmethod
+    @abstractmethod
+    def run_name(cls, options: TrainConfig) -> str:
+        """What a run is called that is given no name."""
+
+    @classmethod
+    def unused(cls, options: TrainConfig) -> list[str]:
+        """Options of its own that were changed but have no effect beside the others: warn of them."""
+        return []
+
+    # --- made -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def begin(cls, start: Start) -> Attach:
+        """Load what is the adapter's own, and say how it is put on the base, which is opened afterwards. Raises
+        `UserError`."""
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, family: Family, base: torch.nn.Module, like: Any, weights: torch.dtype) -> Adapter:
+        """One without weights on a base on the meta device, for counting. `like`: `train.counting.Setting`."""
+
+    def on_fewer_blocks(self) -> Adapter:
+        """The adapter on its base, some blocks of which have been taken out, for counting."""
+        return self
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
+        """The prediction, as x_t. `scale`: how strongly it acts."""
+
+    @abstractmethod
+    def predict_without(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """That of the base alone; only where the adapter `keeps_base`."""
+
+    @property
+    def has_idle_parameters(self) -> bool:
+        """Whether some parameters never get a gradient."""
+        return False
+
+    @property
+    def with_blocks(self) -> torch.nn.Module | None:
+        """The trained module where it has transformer blocks of its own, beside the base's."""
+        return None
+
+    def refuse_trainable_base(self) -> None:
+        """Raise `UserError` where what is to stay as it is of the base has begun to require gradients."""
+        refuse_trainable(self.base)
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What the optimizer moves."""
+        return [(name, parameter) for name, parameter in self.trained.named_parameters() if parameter.requires_grad]
+
+    # --- kept -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Write the weights as diffusers reads them. Back comes what was to be written, by name in the file."""
+        return self.write(folder, self.trained.state_dict())
+
+    @abstractmethod
+    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Write these in the place of the trained weights, by their names in `trained`; those that are not given as
+        they are. Back comes what was to be written, by name in the file."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        """What `write` wrote, by name in `trained`, on the CPU."""
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Put saved weights back in place. Raises `UserError` where they are another's."""
+        saved, ours = self.read(folder), self.trained.state_dict()
+        if {name: tensor.shape for name, tensor in saved.items()} != {name: t.shape for name, t in ours.items()}:
+            raise UserError(f"{folder} holds a {self.title} of another shape than this run's; choose another NAME")
+        for name, tensor in ours.items():
+            tensor.copy_(saved[name])
+
+
+def precision_named(name: Precision, auto: torch.dtype, compute: torch.dtype, option: str) -> torch.dtype:
+    """The dtype of trained weights as an option names it. Raises `UserError` for bf16 in a computation in fp32."""
+    weights = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    if (compute, weights) == (torch.float32, torch.bfloat16):
+        raise UserError(
+            f"{option} bf16 are computed in bf16, but the precision is fp32: set precision bf16 too, or leave "
+            f"{option} out"
+        )
+    return weights
