@@ -77,6 +77,8 @@ def choose(name: str, recipe: Mapping[str, Any], asked: Mapping[str, Any]) -> Co
     stated = {key: value for key, value in recipe.items() if key not in _NOT_THE_DETECTOR_S}
     here: dict[str, Any] = {}
     for options in _candidates(condition, stated, (asked["options"] or {}).get(condition.name, {})):
+        if not _possible(options):
+            continue
         found = condition(options)
         here = found.recipe()
         if here == stated:
@@ -108,6 +110,16 @@ def _candidates(
     of_recipe = {key: value for key, value in stated.items() if key != "detector"}  # its class, not our word for it
     yield made(recorded)
     yield made({**recorded, **of_recipe})
+    yield made(of_recipe)  # what it leaves out was at its default
+
+
+def _possible(options: Any) -> bool:
+    """Whether a mixture of two runs' settings makes sense."""
+    try:
+        options.check()
+    except UserError:
+        return False
+    return True
 
 
 def _brief(recipe: Mapping[str, Any], keys: list[str]) -> str:

@@ -11,11 +11,9 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -26,7 +24,6 @@ from preprocess.conditions.depth import Depth, DepthOptions
 from preprocess.conditions.detection import NetworkDrawer
 from preprocess.conditions.lineart_anime import LineartAnime, LineartAnimeOptions
 from preprocess.conditions.softedge import Softedge, SoftedgeOptions
-from preprocess.conditions.tile import Tile, TileOptions
 from preprocess.images import ImageError
 from shared.errors import UserError
 from tests.preprocess.test_conditions import photographs
@@ -316,55 +313,3 @@ def test_depth_weights_that_are_not_whole_are_refused(depth_model: Path, tmp_pat
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # a pickle
     with pytest.raises(UserError, match=r"does not hold model.safetensors; copy it there from huggingface.co/depth-"):
         Depth(DepthOptions(str(folder))).recipe()
-
-
-# --- tile ---
-
-
-def test_tile_keeps_the_colours_and_takes_the_detail_away() -> None:
-    random = np.random.default_rng(0)
-    flat = np.full((1, 64, 96, 3), (200, 30, 90), np.uint8)
-    noisy = np.clip(flat + random.normal(0, 20, flat.shape), 0, 255).astype(np.uint8)
-    drawings = Tile(TileOptions(factors=(2, 4, 8))).open("cpu")(np.concatenate([flat, noisy]))
-    assert drawings.shape == (2, 3, 64, 96, 3)
-    assert (drawings[0] == flat).all()
-    spreads = [float(drawing.astype(float).std(axis=(0, 1)).max()) for drawing in drawings[1]]
-    assert noisy.astype(float).std(axis=(1, 2)).max() > 15 > spreads[0] > spreads[1] > spreads[2]
-    for drawing in drawings[1]:
-        assert np.abs(drawing.mean(axis=(0, 1)) - noisy[0].mean(axis=(0, 1))).max() < 1
-
-
-def test_tile_s_blur_goes_before_and_a_factor_of_one_only_blurs() -> None:
-    images = photographs(2, 40, 56)
-    only_blurred = Tile(TileOptions(factors=(1,), blur=2.0)).open("cpu")(images)
-    for image, drawing in zip(images, only_blurred[:, 0], strict=True):
-        np.testing.assert_array_equal(drawing, cv2.GaussianBlur(image, (0, 0), 2.0))
-    np.testing.assert_array_equal(Tile(TileOptions(factors=(1,))).open("cpu")(images)[:, 0], images)
-
-
-def test_tile_works_on_sides_that_are_no_multiples_of_its_factor_and_smaller_than_it() -> None:
-    drawings = Tile(TileOptions(factors=(3, 64))).open("cpu")(photographs(1, 32, 50))
-    assert drawings.shape == (1, 2, 32, 50, 3)
-    assert drawings[0, 1].std(axis=(0, 1)).max() == 0, "one pixel's worth of colour"
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (TileOptions(factors=()), "is empty"),
-        (TileOptions(factors=(0,)), "factors has 0"),
-        (TileOptions(factors=(2, 2)), "twice"),
-        (TileOptions(blur=-1.0), "blur=-1.0"),
-        (TileOptions(blur=float("nan")), "blur=nan"),
-    ],
-)
-def test_impossible_tile_options_are_refused(options: TileOptions, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        Tile(options)
-
-
-def test_tile_s_recipe_holds_its_settings() -> None:
-    recipe = Tile(TileOptions(factors=(2, 4), blur=1.5)).recipe()
-    assert json.loads(json.dumps(recipe)) == recipe
-    assert (recipe["factors"], recipe["blur"]) == ([2, 4], 1.5)
-    assert Tile(replace(TileOptions(factors=(2, 4), blur=1.5), blur=0.0)).recipe() != recipe

@@ -100,6 +100,20 @@ def test_it_draws_with_the_settings_of_the_layer_and_not_with_those_of_now() -> 
     assert drawn[20].sum() > drawn[200].sum()
 
 
+def test_a_layer_that_was_drawn_before_options_were_set_which_its_recipe_leaves_out_is_drawn_again_as_it_was() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3), np.uint8)
+    for made, since in (
+        (TileOptions(), {"factors": [4], "jpeg": 50, "noise": 3.0}),
+        (TileOptions(sizes=(8,)), {"factors": [4], "sizes": [], "jpeg": 0}),
+    ):
+        recipe = recipe_of("tile", made)
+        [ready, (_, drawings)] = answers((asked(recipe, options={"tile": since}), None), ({"layer": "tile"}, picture))
+        assert ready == ({"lines": {"tile": False}}, None)
+        assert drawings is not None
+        with conditions.get("tile")(made).open("cpu") as drawer:
+            assert np.array_equal(drawings, drawer(picture)[:, -1])
+
+
 def test_of_several_drawings_the_finest_comes_and_depth_and_tile_are_no_lines() -> None:
     tile, options = conditions.get("tile"), TileOptions(factors=(8, 2))
     picture = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3), np.uint8)
