@@ -135,8 +135,8 @@ def step_and_reference(
             cache, runs, base={"weights": "none"}, seed=5, optimizer={"clip_norm": 0.0, "kind": "adamw"}, **changes
         )
     )
-    randomize(trainer.adapter.controlnet)
-    reference = Reference(data, cache, model, trainer.adapter.controlnet)
+    randomize(trainer.adapter.trained)
+    reference = Reference(data, cache, model, trainer.adapter.trained)
     iterator = iter(trainer.loader)
     batches = next(iterator)
     iterator.close()
@@ -186,7 +186,7 @@ def test_the_int8_base_hardly_turns_the_gradient(tiny_cache: Path, tmp_path: Pat
     gradients = []
     for base in ("none", "int8"):
         trainer = trainer_of(train_options(tiny_cache, tmp_path, base={"weights": base}, optimizer={"clip_norm": 0.0}))
-        randomize(trainer.adapter.controlnet)
+        randomize(trainer.adapter.trained)
         trainer.step([batch_of(tiny_cache)], 1, 2e-5)
         gradients.append(
             torch.cat([p.grad.double().flatten() for _, p in trainer.adapter.named_parameters() if p.grad is not None])
@@ -256,7 +256,7 @@ def test_the_first_gradient_reaches_the_outputs_and_a_copied_embedder_the_condit
 
 def test_weights_in_fp32_are_computed_in_bf16_and_get_fp32_gradients(tiny_cache: Path, tmp_path: Path) -> None:
     trainer = trainer_of(train_options(tiny_cache, tmp_path, precision="bf16", controlnet={"weights": "fp32"}))
-    randomize(trainer.adapter.controlnet)
+    randomize(trainer.adapter.trained)
     batch = batch_of(tiny_cache)
     batch.step_samples = 2
     loss = trainer.step.loss(batch)
@@ -265,7 +265,7 @@ def test_weights_in_fp32_are_computed_in_bf16_and_get_fp32_gradients(tiny_cache:
     assert {p.grad.dtype for _, p in trainer.adapter.named_parameters() if p.grad is not None} == {torch.float32}
     assert next(trainer.adapter.base.parameters()).dtype == torch.bfloat16
     exact = trainer_of(train_options(tiny_cache, tmp_path))
-    randomize(exact.adapter.controlnet)
+    randomize(exact.adapter.trained)
     torch.testing.assert_close(loss, exact.step.loss(batch), rtol=0.02, atol=0)
 
 
@@ -296,7 +296,7 @@ def test_training_goes_on_from_an_existing_controlnet_and_needs_it_only_once(
     assert options.run_name == "from-start"
     trainer = trainer_of(options)
     theirs = FluxControlNetModel.from_pretrained(start).state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in trainer.adapter.controlnet.state_dict().items())
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in trainer.adapter.trained.state_dict().items())
     assert train(options) == 0
     start.rename(tmp_path / "moved")
     assert train(dataclasses.replace(options, steps=8)) == 0

@@ -126,7 +126,7 @@ def test_experiments_leave_every_byte_of_the_cache_as_it_is_and_import_no_encode
 
 
 def test_weights_can_be_bf16_over_an_int8_base_in_bf16(tiny_cache: Path, tmp_path: Path) -> None:
-    before = trainer_of(train_options(tiny_cache, tmp_path, precision="bf16")).adapter.controlnet.state_dict()
+    before = trainer_of(train_options(tiny_cache, tmp_path, precision="bf16")).adapter.trained.state_dict()
     assert train(train_options(tiny_cache, tmp_path, precision="bf16", optimizer={"learning_rate": 1e-4})) == 0
     after = controlnet_tensors(tmp_path / "run")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_names_the_step_s_samples_and_moves_nothin
 ) -> None:
     made = trainer_of(train_options(tiny_cache, tmp_path))
     weights = {name: p.detach().clone() for name, p in made.adapter.named_parameters()}
-    bias = made.adapter.controlnet.get_parameter("controlnet_blocks.0.bias")
+    bias = made.adapter.trained.get_parameter("controlnet_blocks.0.bias")
     bias.register_hook(lambda gradient: gradient * torch.inf)
     with closing(iter(made.loader)) as steps:
         batches = next(steps)

@@ -69,7 +69,7 @@ def learned(trainer: Trainer) -> Trainer:
     """The trainer with a ControlNet whose every weight was moved."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in trainer.adapter.controlnet.parameters():
+        for parameter in trainer.adapter.trained.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
     return trainer
 
@@ -343,7 +343,7 @@ def test_sampling_with_a_saved_controlnet_equals_diffusers_pipeline_in_another_p
 
 
 def test_the_scale_of_control_reaches_the_prediction(half_held_out: Path, tmp_path: Path) -> None:
-    adapter: ControlNetAdapter = learned(made(half_held_out, tmp_path)).adapter
+    adapter = learned(made(half_held_out, tmp_path)).adapter
     samples = samples_of(half_held_out)
     batch = samples.batch([0])
     tokens = batch.height * batch.width // 256

@@ -274,7 +274,8 @@ class LoraAdapter(Adapter):
             "target_modules": self.lora.names,
         }
         told = {f"{self.family.base_component}.{key}": value for key, value in about.items()}
-        save_file(named, folder / WEIGHTS, metadata={"format": "pt", _METADATA: json.dumps(told)})
+        # One key alone: safetensors writes several in any order, and the same weights are to be the same file.
+        save_file(named, folder / WEIGHTS, metadata={_METADATA: json.dumps(told)})
         return named
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
