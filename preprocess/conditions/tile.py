@@ -81,6 +81,7 @@ class Tile(Condition[TileOptions]):
     reads = "image"
     png_bytes_per_pixel = 1.5  # colours: measured 0.5 to 1.3 at factors of 16 and 4
     lines = False
+    channels = 3
 
     @property
     def num_drawings(self) -> int:
