@@ -24,10 +24,15 @@ from preprocess.pipeline import preprocess
 from shared import families
 from shared.cache.reader import Cache
 from shared.cache.schema import Sample
+from shared.families.base import Batch
 from tests.conftest import preprocess_options
 from tests.preprocess.data_sets import write_tar
+from tests.train.conftest import train_options
+from train.config import TrainConfig
 from train.loader import Loader, LoaderOptions
 from train.samples import CachedSamples
+from train.step import Step
+from train.trainer import train
 
 NUM_SHARDS, OF_SHARD, SIDE, SMALL = 20, 6, 64, 16
 CORRUPT = {"00003.tar/000020.jpg", "00011.tar/000069.jpg", "00019.tar/000114.jpg"}
@@ -126,6 +131,26 @@ def test_every_sound_sample_comes_exactly_once_in_every_epoch(
     for epoch in epochs:
         assert Counter(epoch) == Counter(sound), "each once: nothing is drawn with replacement"
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_run_of_two_epochs_is_trained_on_every_sound_sample_twice(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    loss = Step.loss
+
+    def watched(self: Step, batch: Batch) -> torch.Tensor:
+        seen.append(batch.keys)
+        return loss(self, batch)
+
+    monkeypatch.setattr(Step, "loss", watched)
+    options = train_options(cache, tmp_path, depth=TrainConfig.depth, steps=78, loader={"batch_size": 3})
+    assert train(options) == 0
+    sound = [key for key, sample in Cache(cache).samples.items() if sample.status == "ok"]
+    assert len(sound) == NUM_SHARDS * OF_SHARD - len(CORRUPT)
+    assert len(seen) == 78
+    for epoch in (seen[:39], seen[39:]):
+        assert Counter(itertools.chain(*epoch)) == Counter(sound)
 
 
 def test_what_comes_is_the_sample_s_own_picture_made_small_and_large_again(samples: CachedSamples) -> None:

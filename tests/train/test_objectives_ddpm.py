@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import pytest
 import torch
 
+from shared import families
 from shared.errors import UserError
 from shared.model_folder import ModelFolder
 from train.objectives import DDPM, FlowMatching, Noised, Objective, ObjectiveOptions, make
@@ -284,6 +287,38 @@ class Made:
 
     def prediction_type(self, model: ModelFolder | None = None) -> PredictionType:
         return "v_prediction"
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_every_family_s_default_base_has_an_objective_without_being_on_this_machine(name: str) -> None:
+    made = make(ObjectiveOptions(), families.get(name))
+    assert made.kind == families.get(name).objective
+    t = made.sample_t(B, generator(), "cpu")
+    assert made.loss(latents(3), made.noise(latents(1), t, generator())).shape == (B,)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"beta_schedule": "linear"}, {"prediction_type": "v_prediction"},
+    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+], ids=lambda each: str(each))  # fmt: skip
+def test_the_noise_levels_are_those_of_the_model_s_own_scheduler(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = families.get("sd15").tiny(tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    objective = make(ObjectiveOptions(snr_gamma=0), families.get("sd15"), ModelFolder(str(folder), None, folder))
+    theirs = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    signal, _ = objective.rates(EVERY_T)
+    torch.testing.assert_close(signal**2, theirs.alphas_cumprod, rtol=0, atol=1e-6)
+    assert isinstance(objective, DDPM)
+    assert objective.predicted == theirs.config.prediction_type
+    assert objective.scheduler == {}
+
+
+def test_noise_levels_that_nobody_here_knows_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"beta_schedule": "sigmoidal"}))
+    with pytest.raises(UserError, match="its scheduler's noise levels are unknown here.*sigmoidal"):
+        make(ObjectiveOptions(), families.get("sd15"), ModelFolder("mine", None, tmp_path))
 
 
 def test_a_family_says_how_its_bases_were_trained() -> None:

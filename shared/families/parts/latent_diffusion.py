@@ -172,19 +172,7 @@ class LatentDiffusion(Family):
         return num_heads, num_tokens, config["block_out_channels"][level] // num_heads
 
     def noise_schedule(self, model: ModelFolder | None = None) -> torch.Tensor:
-        scheduler = _scheduler(model)
-        start, end, num = scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"]
-        match scheduler["beta_schedule"]:
-            case "scaled_linear":
-                betas = torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
-            case "linear":
-                betas = torch.linspace(start, end, num, dtype=torch.float32)
-            case other:
-                name = "the default" if model is None else model.name
-                raise UserError(f"model {name}: its scheduler's beta_schedule is {other}, not (scaled_)linear")
-        if scheduler.get("trained_betas") is not None:
-            betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float32)
-        return torch.cumprod(1 - betas, dim=0)
+        return _ddim(model).alphas_cumprod
 
     def prediction_type(self, model: ModelFolder | None = None) -> Literal["epsilon", "v_prediction"]:
         found = _scheduler(model)["prediction_type"]
@@ -216,10 +204,7 @@ class LatentDiffusion(Family):
     ) -> torch.Tensor:
         """By DDIM (arXiv 2010.02502) with the noise levels and the spacing of the model's scheduler: nothing is drawn
         on the way, and each step is one prediction."""
-        from diffusers import DDIMScheduler
-
-        config = {key: value for key, value in _scheduler(model).items() if key in _arguments(DDIMScheduler)}
-        ddim = DDIMScheduler(**{**config, **(scheduler or {})})
+        ddim = _ddim(model, scheduler)
         ddim.set_timesteps(num_steps, device=noise.device)
         x_t = noise * ddim.init_noise_sigma
         for timestep in ddim.timesteps:
@@ -381,6 +366,18 @@ def _scheduler(model: ModelFolder | None) -> Mapping[str, Any]:
         return {**SCHEDULER, **json.loads(path.read_text())}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); download the model again") from error
+
+
+def _ddim(model: ModelFolder | None, changes: Mapping[str, Any] | None = None) -> Any:
+    """DDIM with the noise levels of a model's scheduler, whatever that is. Raises `UserError`."""
+    from diffusers import DDIMScheduler
+
+    config = {key: value for key, value in _scheduler(model).items() if key in _arguments(DDIMScheduler)}
+    try:
+        return DDIMScheduler(**{**config, **(changes or {})})
+    except NotImplementedError as error:
+        name = "the default" if model is None else model.name
+        raise UserError(f"model {name}: its scheduler's noise levels are unknown here ({error})") from error
 
 
 def _arguments(kind: Any) -> set[str]:
