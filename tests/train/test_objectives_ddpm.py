@@ -317,7 +317,7 @@ def test_the_noise_levels_are_those_of_the_model_s_own_scheduler(tmp_path: Path,
 def test_noise_levels_that_nobody_here_knows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"beta_schedule": "sigmoidal"}))
-    with pytest.raises(UserError, match="its scheduler's noise levels are unknown here.*sigmoidal"):
+    with pytest.raises(UserError, match=r"its scheduler's noise levels are unknown here.*sigmoidal"):
         make(ObjectiveOptions(), families.get("sd15"), ModelFolder("mine", None, tmp_path))
 
 
