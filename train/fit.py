@@ -34,7 +34,7 @@ from train.budget import GIB, MemoryOptions, parse_budget, parse_recompute
 from train.counting import Setting
 from train.loader import LoaderOptions
 from train.memory_plan import Recompute, cheapest_change, count, fewest_recomputed, fitting
-from train.optimizer import Optimizer
+from train.optimizer import AnyOptimizer
 from train.validation import Validation
 
 T = TypeVar("T")
@@ -268,7 +268,7 @@ class Guard:
         fit: Fit,
         family: Family,
         adapter: Adapter,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         device: torch.device,
         *,
         num_processes: int = 1,

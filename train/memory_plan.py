@@ -347,7 +347,8 @@ def _optimizer_bytes(setting: Setting, traced: Trace) -> tuple[int, int]:
     on_host = setting.optimizer.states == "cpu"
     slots = NUM_SLOTS * max(sizes) if on_host else 0
     stepped = (_MEASURED_BYTES if setting.optimizer.survival_every else _STEPPED_BYTES)[setting.weights]
-    return 0 if on_host else sum(sizes), slots + largest * stepped
+    in_float32 = 2 if setting.optimizer.kind == "prodigy" else 1  # four states where AdamW has two
+    return 0 if on_host else in_float32 * sum(sizes), slots + largest * stepped
 
 
 def _states_bytes(setting: Setting, traced: Trace) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,33 @@ class Update:
     change that was made would be longer by rounding's noise, several times so at usual learning rates.)"""
     survival: Survival | None
     """Where it was measured."""
+    found: torch.Tensor | None = None
+    """The step size that the optimizer has found by itself, 0-dim float32; None where it is told one."""
+
+
+class AnyOptimizer(Protocol):
+    """What a training step is made with: see `Optimizer`, whose words these are."""
+
+    options: OptimizerOptions
+
+    @property
+    def num_updates(self) -> int: ...
+    def reserve(self) -> None: ...
+    def begin(self, learning_rate: float, rounding: torch.Generator | int | None, *, measure: bool = False) -> None: ...
+    def norm(self) -> torch.Tensor: ...
+    def finish(self, norm: float) -> Update: ...
+    def zero_grad(self) -> None: ...
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
+    def load_state(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None: ...
+
+
+def make(options: OptimizerOptions, parameters: Mapping[str, torch.nn.Parameter]) -> AnyOptimizer:
+    """The optimizer that the options name, over named parameters. Raises `UserError`."""
+    if options.kind == "prodigy":
+        from train.prodigy import Prodigy
+
+        return Prodigy(options, parameters)
+    return Optimizer(options, parameters)
 
 
 @dataclass
@@ -419,4 +446,14 @@ def _norm(parameter: torch.nn.Parameter) -> torch.Tensor:
     return torch.linalg.vector_norm(_gradient(parameter), dtype=torch.float32)
 
 
-__all__ = ["Kind", "Optimizer", "OptimizerOptions", "Survival", "Update", "learning_rate", "stochastic_round_"]
+__all__ = [
+    "AnyOptimizer",
+    "Kind",
+    "Optimizer",
+    "OptimizerOptions",
+    "Survival",
+    "Update",
+    "learning_rate",
+    "make",
+    "stochastic_round_",
+]

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from shared.errors import UserError, nearest
 
-Kind = Literal["adamw", "adamw8bit"]
+Kind = Literal["adamw", "adamw8bit", "prodigy"]
 Schedule = Literal["constant", "cosine", "linear"]
 Rounding = Literal["stochastic", "nearest"]
 Clip = Literal["global", "parameter"]
@@ -22,9 +22,11 @@ class OptimizerOptions:
 
     kind: Kind = "adamw8bit"
     """`adamw8bit` keeps Adam's two moments in 8 bits (2 bytes per weight, bitsandbytes); `adamw` in float32 (8 bytes).
-    Choose `adamw` where memory allows and an experiment must not depend on quantized moments."""
+    Choose `adamw` where memory allows and an experiment must not depend on quantized moments. `prodigy` (prodigyopt)
+    finds the learning rate by itself and takes 16 bytes per weight, which must be in float32: for a LoRA."""
     learning_rate: float = 2e-5
-    """The peak of the schedule. 1e-5 to 5e-5 is usual for a FLUX ControlNet; lower it if the loss jumps."""
+    """The peak of the schedule. 1e-5 to 5e-5 is usual for a FLUX ControlNet, 1e-4 to 4e-4 for a LoRA, below 1e-5 for a
+    whole base; lower it if the loss jumps. With `prodigy` a factor of what that finds: 1."""
     beta1: float = 0.9
     """How slowly the mean of the gradients forgets. Rarely touched."""
     beta2: float = 0.999
@@ -90,11 +92,26 @@ class OptimizerOptions:
             raise UserError(f"optimizer.final_fraction must be from 0 to 1, but is {self.final_fraction}")
         if self.survival_every < 0:
             raise UserError(f"optimizer.survival_every must be 0 (never) or more, but is {self.survival_every}")
+        if self.kind == "prodigy":
+            self._check_prodigy()
         if self.release and self.clip == "global" and self.clip_norm > 0:
             raise UserError(
                 "optimizer.release steps each weight before the other gradients are there, so their global norm cannot "
                 "clip them: choose optimizer.clip parameter, or optimizer.clip_norm 0"
             )
+
+    def _check_prodigy(self) -> None:
+        if self.learning_rate < 0.01:
+            raise UserError(
+                f"optimizer.learning_rate {self.learning_rate:g} would slow what prodigy finds by as much: with "
+                "optimizer.kind prodigy it is a factor, set it to 1"
+            )
+        for name, value in (("release", self.release), ("master", self.master), ("states", self.states == "cpu")):
+            if value:
+                raise UserError(
+                    f"optimizer.{name} {getattr(self, name)} is not for prodigy, whose few weights are in float32 on "
+                    "the device: leave it out, or choose adamw8bit"
+                )
 
     def check_release(self, accumulation: int, num_processes: int) -> None:
         """Refuse `release` where a gradient is not whole when backward has it: with several batches a step, or several

@@ -21,7 +21,7 @@ from train.adapters.base import Adapter
 from train.compile import eager
 from train.modulation import Modulation
 from train.objectives import Objective
-from train.optimizer import Optimizer
+from train.optimizer import AnyOptimizer
 from train.transfer import send
 from train.validation import seed_of
 
@@ -40,7 +40,7 @@ class Step:
         family: Family,
         adapter: Adapter,
         objective: Objective,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         *,
         recipes: Mapping[str, Any],
         seed: int,
@@ -119,6 +119,8 @@ class Step:
         self._refuse_non_finite(batches, losses, step, loss_value, norm_value)
         update = optimizer.finish(norm_value)
         self._late = {"update_norm": update.norm}
+        if update.found is not None:
+            self._late["found_step_size"] = update.found
         if (survival := update.survival) is not None:
             self._late |= {"update_kept": survival.update_kept, "share_updated": survival.share_updated}
         return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}

@@ -17,7 +17,7 @@ import torch
 from shared.config import to_dict
 from shared.families.base import Batch
 from shared.report import components_table, progress, quiet_libraries, say
-from train import attention, checkpoints, eight_bit, fit, models, objectives, processes
+from train import attention, checkpoints, eight_bit, fit, models, objectives, optimizer, processes
 from train.baseline import Baseline
 from train.budget import grow_segments
 from train.config import TrainConfig
@@ -25,7 +25,7 @@ from train.early_stop import taken_up
 from train.ema import Ema
 from train.looks import Looks
 from train.objectives import Objective
-from train.optimizer import Optimizer, learning_rate
+from train.optimizer import learning_rate
 from train.preparation import Prepared, base_dtype, dtypes, prepare
 from train.step import Step
 from train.stopping import Stop, stopping
@@ -96,7 +96,7 @@ class Trainer:
             checkpoint=checkpoint,
         )  # fmt: skip
         self.adapter, modulation = self.models.adapter, self.models.modulation
-        self.optimizer = Optimizer(options.optimizer, dict(self.adapter.named_parameters()))
+        self.optimizer = optimizer.make(options.optimizer, dict(self.adapter.named_parameters()))
         state = {} if checkpoint is None else checkpoints.state(checkpoint)
         if checkpoint is not None:
             self.optimizer.load_state(checkpoints.optimizer_tensors(checkpoint), state["optimizer"])
