@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -117,6 +117,8 @@ class Order:
     """Share of the denoising before which the ControlNet does not act, in [0, 1)."""
     control_end: float = 1.0
     """Share of the denoising after which the ControlNet no longer acts, in (0, 1]."""
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the model's scheduler that training has changed: see `Family.sample`."""
 
 
 Paint = Callable[[Order], list[NDArray[np.uint8]]]

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from shared import families
 from shared.errors import UserError
+from shared.families.base import Order
 from shared.model_folder import ModelFolder
 from train.objectives import DDPM, FlowMatching, Noised, Objective, ObjectiveOptions, make
 from train.objectives.ddpm import PredictionType, zero_terminal
@@ -270,6 +274,40 @@ def test_diffusers_ddim_with_these_settings_walks_from_noise_to_x_0(options: dic
         noise = (x_t - signal * x_0) / sigma
         x_t = painter.step(objective.target(x_0, noise, signal, sigma), t, x_t).prev_sample
     torch.testing.assert_close(x_t, x_0, rtol=0, atol=1e-4)
+
+
+def test_a_trained_run_is_painted_with_the_scheduler_that_its_training_changed(tmp_path: Path) -> None:
+    sd15 = families.get("sd15")
+    model = ModelFolder("mine", None, sd15.tiny(tmp_path / "model"))
+    # As SD 1.5 comes: PNDM knows nothing of zero terminal SNR.
+    config = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1, **STABLE_DIFFUSION}
+    (model.path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((model.path / "model_index.json").read_text())
+    (model.path / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "PNDMScheduler"]}))
+    made = sd15.make_controlnet(model, 0, 0, "copy", torch.float32)
+    made.save_pretrained(tmp_path / "controlnet")  # type: ignore[operator]
+    paint = sd15.open_painter(model, tmp_path / "controlnet", "cpu", torch.float32)
+    drawing = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+
+    def painted(scheduler: dict[str, Any]) -> NDArray[np.uint8]:
+        return paint(Order([drawing], ["a box"], [5], 3, 7.5, 1.0, 77, scheduler=scheduler))[0]
+
+    changes = ddpm("epsilon", prediction="v", zero_terminal_snr=True).scheduler
+    plain, changed, plain_again = painted({}), painted(changes), painted({})
+    assert np.array_equal(plain, plain_again)
+    theirs = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+        model.path, controlnet=diffusers.ControlNetModel.from_pretrained(tmp_path / "controlnet"), safety_checker=None,
+    )  # fmt: skip
+    assert isinstance(theirs.scheduler, diffusers.PNDMScheduler)
+    theirs.scheduler = diffusers.DDIMScheduler(
+        **STABLE_DIFFUSION, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing",
+    )  # fmt: skip
+    theirs.set_progress_bar_config(disable=True)
+    drawn = torch.Generator().manual_seed(5)
+    [expected] = theirs("a box", Image.fromarray(drawing), 64, 64, 3, guidance_scale=7.5, generator=drawn).images
+    assert np.array_equal(changed, np.asarray(expected))
+    assert not np.array_equal(changed, plain)
 
 
 # --- which objective a family has -----------------------------------------------------------------------------------

@@ -172,7 +172,11 @@ class LatentDiffusion(Family):
         return num_heads, num_tokens, config["block_out_channels"][level] // num_heads
 
     def noise_schedule(self, model: ModelFolder | None = None) -> torch.Tensor:
-        return _ddim(model).alphas_cumprod
+        try:
+            return _ddim(_scheduler(model)).alphas_cumprod
+        except NotImplementedError as error:
+            name = "the default" if model is None else model.name
+            raise UserError(f"model {name}: its scheduler's noise levels are unknown here ({error})") from error
 
     def prediction_type(self, model: ModelFolder | None = None) -> Literal["epsilon", "v_prediction"]:
         found = _scheduler(model)["prediction_type"]
@@ -204,7 +208,7 @@ class LatentDiffusion(Family):
     ) -> torch.Tensor:
         """By DDIM (arXiv 2010.02502) with the noise levels and the spacing of the model's scheduler: nothing is drawn
         on the way, and each step is one prediction."""
-        ddim = _ddim(model, scheduler)
+        ddim = _ddim({**_scheduler(model), **(scheduler or {})})
         ddim.set_timesteps(num_steps, device=noise.device)
         x_t = noise * ddim.init_noise_sigma
         for timestep in ddim.timesteps:
@@ -318,12 +322,15 @@ class LatentDiffusion(Family):
         return list(down), [middle]
 
     def paint_with(self, pipeline: Any, device: str) -> Paint:
-        """`open_painter` from the pipeline, which is loaded."""
+        """`open_painter` from the pipeline, which is loaded. Where training has changed the scheduler, DDIM paints:
+        others know nothing of some settings."""
+        own = pipeline.scheduler
         pipeline.set_progress_bar_config(disable=None)
         pipeline.to(device)
 
         def paint(order: Order) -> list[NDArray[np.uint8]]:
             height, width = order.drawings[0].shape[:2]
+            pipeline.scheduler = _ddim({**SCHEDULER, **own.config, **order.scheduler}) if order.scheduler else own
             pictures = pipeline(
                 prompt=order.prompts,
                 image=[Image.fromarray(drawing) for drawing in order.drawings],
@@ -368,16 +375,11 @@ def _scheduler(model: ModelFolder | None) -> Mapping[str, Any]:
         raise UserError(f"{path} cannot be read ({error}); download the model again") from error
 
 
-def _ddim(model: ModelFolder | None, changes: Mapping[str, Any] | None = None) -> Any:
-    """DDIM with the noise levels of a model's scheduler, whatever that is. Raises `UserError`."""
+def _ddim(scheduler: Mapping[str, Any]) -> Any:
+    """DDIM with the noise levels and the spacing of a scheduler's configuration, whatever scheduler that is."""
     from diffusers import DDIMScheduler
 
-    config = {key: value for key, value in _scheduler(model).items() if key in _arguments(DDIMScheduler)}
-    try:
-        return DDIMScheduler(**{**config, **(changes or {})})
-    except NotImplementedError as error:
-        name = "the default" if model is None else model.name
-        raise UserError(f"model {name}: its scheduler's noise levels are unknown here ({error})") from error
+    return DDIMScheduler(**{key: value for key, value in scheduler.items() if key in _arguments(DDIMScheduler)})
 
 
 def _arguments(kind: Any) -> set[str]:
