@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,9 +19,11 @@ from shared import families
 from shared.errors import UserError
 from shared.families.base import Order
 from shared.model_folder import ModelFolder
+from tests.train.made_run import make_run
 from train.objectives import DDPM, FlowMatching, Noised, Objective, ObjectiveOptions, make
 from train.objectives.ddpm import PredictionType, zero_terminal
 from train.objectives.options import Kind
+from train.sample import SampleConfig, sample
 
 N, B, C, H, W = 1000, 4, 4, 6, 5
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -161,9 +164,9 @@ def test_a_gamma_of_0_weighs_all_alike(prediction: Any) -> None:
 def test_the_loss_is_each_sample_s_weighted_mean_squared_error() -> None:
     objective, t = ddpm(prediction="v"), torch.tensor([0.0, 100.0, 600.0, 999.0])
     noised, prediction = objective.noise_at(latents(1), t, latents(2)), latents(3)
-    for sample, loss in enumerate(objective.loss(prediction, noised).tolist()):
-        error = (prediction[sample].double() - noised.target[sample].double()).square().mean().item()
-        assert loss == pytest.approx(error * noised.weight[sample].item(), rel=1e-5)
+    for b, loss in enumerate(objective.loss(prediction, noised).tolist()):
+        error = (prediction[b].double() - noised.target[b].double()).square().mean().item()
+        assert loss == pytest.approx(error * noised.weight[b].item(), rel=1e-5)
 
 
 # --- times ----------------------------------------------------------------------------------------------------------
@@ -308,6 +311,32 @@ def test_a_trained_run_is_painted_with_the_scheduler_that_its_training_changed(t
     [expected] = theirs("a box", Image.fromarray(drawing), 64, 64, 3, guidance_scale=7.5, generator=drawn).images
     assert np.array_equal(changed, np.asarray(expected))
     assert not np.array_equal(changed, plain)
+
+
+def test_sampling_from_a_run_asks_for_that_scheduler_but_not_without_control(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's weights are another family's, and nothing is painted: only what is asked for counts."""
+    sd15 = families.get("sd15")
+    model = sd15.tiny(tmp_path / "model")
+    run = make_run(tmp_path / "run", tiny_model, steps=(2,), family="sd15")
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "model": {"name": str(model), "revision": None}}))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["objective"] |= {"prediction": "v", "zero_terminal_snr": True}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    orders: list[Order] = []
+
+    def paint(order: Order) -> list[NDArray[np.uint8]]:
+        orders.append(order)
+        return order.drawings
+
+    monkeypatch.setattr(type(sd15), "open_painter", lambda *_: paint)
+    Image.new("RGB", (64, 64)).save(tmp_path / "drawing.png")
+    options = SampleConfig(str(run), image=(str(tmp_path / "drawing.png"),), prompt=("a box",), device="cpu")
+    assert sample(options) == 0
+    asked = {order.scale: dict(order.scheduler) for order in orders}
+    assert asked == {1.0: ddpm("epsilon", prediction="v", zero_terminal_snr=True).scheduler, 0.0: {}}
 
 
 # --- which objective a family has -----------------------------------------------------------------------------------
