@@ -1,0 +1,227 @@
+"""Stable Diffusion's families train end to end: a step is diffusers' own, a run learns, its weights go where diffusers
+looks for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from PIL import Image
+
+from preprocess.pipeline import preprocess
+from shared import families
+from shared.cache.reader import Cache
+from shared.errors import UserError
+from shared.families.base import Inputs
+from tests.conftest import preprocess_options, write_data
+from tests.train.conftest import content, controlnet_bytes, losses, metrics, train_options
+from train.baseline import Baseline
+from train.painting import Painter
+from train.preparation import prepare
+from train.step import NOISE
+from train.trainer import Trainer, train
+from train.validation import seed_of
+
+NAMES = ("sd15",)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 16 drawn pictures, 4 of which are held out."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = families.get(request.param).tiny(folder / "model")
+    data = write_data(folder / "data", 16, sizes=((64, 64),))
+    lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["split"] = "validation" if i < 4 else "train"
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert preprocess(preprocess_options(data, folder / "cache", model, family=request.param, text_length=None)) == 0
+    return folder / "cache"
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as entered:
+        yield entered
+
+
+def trainer(stack: ExitStack, cache: Path, runs: Path, **changes: Any) -> Trainer:
+    prepared = prepare(train_options(cache, runs, **{"depth": "2-4", **changes}), stack)
+    assert prepared is not None
+    return Trainer(prepared)
+
+
+def moved(made: Trainer) -> Trainer:
+    """With a ControlNet whose every weight was moved, so that no output is zero."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in made.adapter.named_parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    return made
+
+
+@pytest.mark.parametrize("options", [{"snr_gamma": 0.0}, {"snr_gamma": 5.0}, {"snr_gamma": 5.0, "prediction": "v"}], ids=str)
+def test_a_step_s_loss_and_gradients_are_those_of_diffusers_own_modules(
+    options: dict[str, Any], cache: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    made = moved(trainer(stack, cache, tmp_path, base={"weights": "none"}, objective=options))
+    batch = next(iter(made.loader))[0]
+    ours = made.step.loss(batch)
+    ours.mean().backward()
+
+    model = Path(made.model.path)
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").requires_grad_(False)
+    made.adapter.save(tmp_path / "controlnet")
+    controlnet = ControlNetModel.from_pretrained(tmp_path / "controlnet")
+    scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
+    generator = torch.Generator().manual_seed(seed_of(0, batch.position, NOISE))
+    mean, std = batch.tensors["latents.mean"], batch.tensors["latents.std"]
+    x_0 = (mean + std * torch.randn(mean.shape, generator=generator)) * 0.18215
+    noise = torch.randn(x_0.shape, generator=generator)
+    t = made.step.times(batch.position, len(batch)).long()
+    x_t = scheduler.add_noise(x_0, noise, t)
+    told = arguments(made, batch.tensors)
+    pixels = (batch.tensors["condition_pixels.pixels"].float() / 255).expand(-1, 3, -1, -1)
+    down, middle = controlnet(x_t, t, controlnet_cond=pixels, return_dict=False, **told)
+    prediction = unet(
+        x_t, t, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False, **told
+    )[0]
+    predicts_v = options.get("prediction") == "v"
+    target = scheduler.get_velocity(x_0, noise, t) if predicts_v else noise
+    theirs = (prediction - target).square().mean(dim=(1, 2, 3))
+    if options["snr_gamma"]:
+        snr = compute_snr(scheduler, t)
+        theirs = theirs * snr.clamp(max=5.0) / (snr + 1 if predicts_v else snr)
+    theirs.mean().backward()
+
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    expected = dict(controlnet.named_parameters())
+    gradients = {name: parameter.grad for name, parameter in made.adapter.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    largest = max(float(p.grad.abs().max()) for p in expected.values())
+    assert largest > 0
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        assert (gradient - expected[name].grad).abs().max() <= 1e-5 * largest, name
+
+
+def arguments(made: Trainer, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What UNet and ControlNet are told beside x_t, t and the condition, by the family's own layers."""
+    assert made.family.name == "sd15"
+    return {"encoder_hidden_states": tensors["clip.prompt_embeds"]}
+
+
+def test_a_run_learns_and_its_weights_change_what_the_pipeline_paints(cache: Path, tmp_path: Path) -> None:
+    options = train_options(
+        cache, tmp_path, depth="2-4", steps=40, loader={"batch_size": 4},
+        optimizer={"learning_rate": 3e-3, "warmup_steps": 5},
+        validation={"every": 40, "pictures_every": 40, "pictures": 2},
+    )  # fmt: skip
+    assert train(options) == 0
+    looks = [line["held_out"] for line in metrics(tmp_path / "run") if "held_out" in line]
+    assert looks[0]["loss"] == looks[0]["loss_without_control"]
+    assert looks[-1]["loss"] < 0.92 * looks[0]["loss"]
+    assert looks[-1]["loss_without_control"] == looks[0]["loss_without_control"]
+    picture = np.asarray(Image.open(tmp_path / "run" / "pictures" / "step-00000040.png"))
+    assert picture.shape[0] > 2 * 64
+
+    drawing = tmp_path / "drawing.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(drawing)
+    family = families.get(Cache(cache).family)
+    code = f"""
+import sys, numpy as np, torch, diffusers
+from PIL import Image
+model, controlnet, drawing = sys.argv[1:]
+pipeline = diffusers.{family.pipeline_class}.from_pretrained(
+    model, controlnet=diffusers.ControlNetModel.from_pretrained(controlnet)
+)
+assert not any(name.split(".")[0] in ("shared", "train", "preprocess") for name in sys.modules)
+painted = [np.asarray(pipeline("a box", Image.open(drawing).convert("RGB"), 64, 64, 3, controlnet_conditioning_scale=s,
+    generator=torch.Generator().manual_seed(0)).images[0]).astype(int) for s in (0.0, 1.0)]
+print(abs(painted[1] - painted[0]).max())
+"""
+    model = Cache(cache).manifest["model"]["name"]
+    arguments = [model, str(tmp_path / "run" / "controlnet"), str(drawing)]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ)
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert int(found.stdout.split()[-1]) > 8
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(cache: Path, tmp_path: Path) -> None:
+    def run(name: str, steps: int, **changes: Any) -> Path:
+        assert train(train_options(cache, tmp_path, depth="2-4", name=name, steps=steps, **changes)) == 0
+        return tmp_path / name
+
+    whole, parts = run("whole", 4), run("parts", 2)
+    run("parts", 4)
+    assert losses(parts) == losses(whole)
+    assert controlnet_bytes(parts) == controlnet_bytes(whole)
+    assert controlnet_bytes(run("hoisted", 4, memory={"hoist": "yes"})) == controlnet_bytes(whole)
+    assert controlnet_bytes(run("recomputed", 4, memory={"recompute": "7+4"})) == controlnet_bytes(whole)
+
+
+def test_training_goes_on_from_an_existing_controlnet(cache: Path, tmp_path: Path) -> None:
+    assert train(train_options(cache, tmp_path, depth="2-4", steps=2)) == 0
+    start = tmp_path / "run" / "controlnet"
+    before = content(start.resolve())
+    options = train_options(cache, tmp_path, depth="2-4", steps=2, name="on", controlnet={"start_from": str(start)})
+    assert train(options) == 0
+    assert content(start.resolve()) == before
+    assert controlnet_bytes(tmp_path / "on") != controlnet_bytes(tmp_path / "run")
+
+
+def test_pictures_are_led_away_from_the_empty_caption(cache: Path, tmp_path: Path, stack: ExitStack) -> None:
+    """Painted as here, by hand; and the times at which the base is asked are the scheduler's."""
+    made = moved(trainer(stack, cache, tmp_path, validation={"every": 1, "picture_steps": 3}))
+    validation = made.validation
+    assert validation is not None
+    asked: list[Inputs] = []
+    predict = made.adapter.predict
+
+    def watched(x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
+        asked.append(inputs)
+        return predict(x_t, t, inputs, scale)
+
+    made.adapter.predict = watched  # type: ignore[method-assign]
+    [picture] = Painter(validation, Baseline(tmp_path / "baseline"), 1).paint(made.adapter, 1)
+    assert picture.shape == (64, 64, 3)
+    assert len(asked) == 6
+    captioned, uncaptioned = asked[0], asked[1]
+    assert torch.equal(captioned.condition, uncaptioned.condition)  # type: ignore[arg-type]
+    samples = validation.samples
+    [index] = validation.indices[:1]
+    texts = {0: "", int(samples.captions(index)[0]): samples.caption_texts([index])[0]}
+    assert samples.cache.caption_texts(list(texts)) == list(texts.values())
+    by_text = {
+        c.text: samples.cache.layer("clip").tensors(c.id)["prompt_embeds"] for c in samples.cache.captions.values()
+    }
+    told = [each.embeds["encoder_hidden_states"][0] for each in (captioned, uncaptioned)]
+    assert torch.equal(told[0], by_text[list(texts.values())[1]])
+    assert torch.equal(told[1], by_text[""])
+
+
+def test_a_schedule_without_terminal_noise_is_refused_for_epsilon_and_trains_with_v(
+    cache: Path, tmp_path: Path
+) -> None:
+    asked = {"zero_terminal_snr": True}
+    with pytest.raises(UserError, match="zero_terminal_snr"):
+        train(train_options(cache, tmp_path, depth="2-4", objective=asked))
+    options = train_options(
+        cache, tmp_path, depth="2-4", steps=2, objective={**asked, "prediction": "v"},
+        validation={"every": 2, "pictures_every": 2},
+    )  # fmt: skip
+    assert train(options) == 0
+    assert all(np.isfinite(losses(tmp_path / "run")))
