@@ -18,16 +18,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocess.conditions.tile import TileOptions
-from preprocess.config import ConditionOptions
+from preprocess.conditions.tile import Tile, TileOptions
+from preprocess.config import PreprocessConfig
 from preprocess.pipeline import preprocess
 from shared import families
 from shared.cache.reader import Cache
-from shared.cache.schema import Sample
+from shared.config import load
 from shared.families.base import Batch
-from tests.conftest import preprocess_options
 from tests.preprocess.data_sets import write_tar
-from tests.train.conftest import train_options
 from train.config import TrainConfig
 from train.loader import Loader, LoaderOptions
 from train.samples import CachedSamples
@@ -37,6 +35,11 @@ from train.trainer import train
 NUM_SHARDS, OF_SHARD, SIDE, SMALL = 20, 6, 64, 16
 CORRUPT = {"00003.tar/000020.jpg", "00011.tar/000069.jpg", "00019.tar/000114.jpg"}
 """Cut off in the middle, another kind of file, and a sound image whose caption is no text."""
+
+
+TILE = TileOptions(sizes=(SMALL,), reduce=("area", "bicubic"), blur=1.5, noise=8.0, jpeg=50, vary=True)
+"""As in the recipe."""
+ROOT = Path(__file__).parent.parent
 
 
 def picture(number: int) -> NDArray[np.uint8]:
@@ -80,13 +83,15 @@ def said() -> list[str]:
 
 @pytest.fixture(scope="module")
 def cache(shards: str, said: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of SD 1.5, as tile is mostly trained; nothing is held out, so that every sound sample is trained on."""
+    """By the recipe, a quarter as large; nothing is held out, so that every sound sample is trained on."""
     folder = tmp_path_factory.mktemp("cache") / "tile"
-    options = preprocess_options(
-        Path(shards), folder, families.get("sd15").tiny(tmp_path_factory.mktemp("model") / "sd15"), family="sd15",
-        condition=("tile",), conditions=ConditionOptions(tile=TileOptions(sizes=(SMALL,))), text_length=None,
-        validation_fraction=0.0,
-    )  # fmt: skip
+    model = families.get("sd15").tiny(tmp_path_factory.mktemp("model") / "sd15")
+    options = load(PreprocessConfig, [
+        "--recipe", str(ROOT / "preprocess/recipes/tile.yaml"), "--data", shards, "--cache", str(folder),
+        "--model", str(model), "--geometry.resolution", str(SIDE), "--conditions.tile.sizes", str(SMALL),
+        "--precision", "fp32", "--device", "cpu", "--validation-fraction", "0", "--encode.shard-rows", "16",
+    ], command="preprocess")  # fmt: skip
+    assert options is not None
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("preprocess.pipeline.warn", said.append)
         assert preprocess(options) == 3
@@ -144,7 +149,11 @@ def test_a_run_of_two_epochs_is_trained_on_every_sound_sample_twice(
         return loss(self, batch)
 
     monkeypatch.setattr(Step, "loss", watched)
-    options = train_options(cache, tmp_path, depth=TrainConfig.depth, steps=78, loader={"batch_size": 3})
+    options = load(TrainConfig, [
+        "--recipe", str(ROOT / "train/recipes/tile.yaml"), "--cache", str(cache), "--runs", str(tmp_path),
+        "--steps", "78", "--loader.global-batch", "3", "--device", "cpu", "--tracker", "none",
+    ], command="train")  # fmt: skip
+    assert options is not None
     assert train(options) == 0
     sound = [key for key, sample in Cache(cache).samples.items() if sample.status == "ok"]
     assert len(sound) == NUM_SHARDS * OF_SHARD - len(CORRUPT)
@@ -158,13 +167,13 @@ def test_what_comes_is_the_sample_s_own_picture_made_small_and_large_again(sampl
     batch = loader.make(0)
     shown = families.get("sd15").condition(batch, samples.recipes, None, torch.float32)
     assert shown.shape == (4, 3, SIDE, SIDE)
-    for key, pixels in zip(batch.keys, shown, strict=True):
-        sample: Sample = samples.cache.samples[key]
-        number = int(sample.source.split("/")[1].split(".")[0])
-        image = np.asarray(Image.open(io.BytesIO(jpeg(number))))
-        small = cv2.resize(image, (SMALL, SMALL), interpolation=cv2.INTER_AREA)
-        tile = cv2.resize(small, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
-        np.testing.assert_array_equal((pixels.permute(1, 2, 0) * 255).round().numpy(), tile)
+    with Tile(TILE).open("cpu") as drawer:
+        for key, pixels in zip(batch.keys, shown, strict=True):
+            number = int(samples.cache.samples[key].source.split("/")[1].split(".")[0])
+            image = np.asarray(Image.open(io.BytesIO(jpeg(number))))
+            drawn = drawer(image[None])[0, 0]
+            np.testing.assert_array_equal((pixels.permute(1, 2, 0) * 255).round().numpy(), drawn)
+            assert 2 < np.abs(drawn.astype(int) - image).mean() < 40, "coarser, and still that picture"
 
 
 def test_of_a_hundred_epochs_a_twentieth_of_the_captions_is_dropped(samples: CachedSamples) -> None:
