@@ -1,7 +1,8 @@
-"""Hand a run's ControlNet over: `python -m train.export --run runs/first` writes a folder that others can use.
+"""Hand over what a run has trained: `python -m train.export --run runs/first` writes a folder that others can use.
 
 RUN/export/step-00000400/          (of the average of the weights: step-00000400-ema)
-  config.json, diffusion_pytorch_model.safetensors   `from_pretrained` of diffusers reads the folder
+  config.json, diffusion_pytorch_model.safetensors   `from_pretrained` of diffusers reads the folder; of a LoRA it is
+                                                     pytorch_lora_weights.safetensors, for `load_lora_weights`
   NAME.safetensors                                   the same weights under a name of their own, for ComfyUI
   README.md                                          the model card (train/model_card.py)
   pictures/                                          what the card shows
@@ -30,23 +31,22 @@ from safetensors.torch import load_file, save_file
 from shared import atomic, config, families
 from shared.errors import UserError, disk_full, run_command_line
 from shared.report import say, warn
-from train import checkpoints
-from train.adapters.controlnet import CONFIG, WEIGHTS
+from train import adapters, checkpoints
 from train.model_card import Card, model_card
 from train.run import METRICS
 from train.sample import read_run
 
 if TYPE_CHECKING:
     from shared.families.base import Family
+    from train.adapters.base import Adapter
 
 CARD = "README.md"
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a run's ControlNet as others use it: diffusers' folder, a single file for ComfyUI, a model card."""
+    """Write what a run has trained as others use it: diffusers' folder, a single file for ComfyUI, a model card."""
 
     run: str
     """The run's folder, for example runs/first."""
@@ -61,7 +61,8 @@ class ExportConfig:
     name: str | None = None
     """What the model is called, in its card and as a single file. Default: the run's name."""
     precision: Literal["trained", "bf16", "fp32"] = "trained"
-    """Of the weights. trained: as in the checkpoint, to the bit; bf16 halves what was trained in fp32."""
+    """Of the weights. trained: as in the checkpoint, to the bit (of a LoRA bf16, or as lora.save_fp32 says); bf16
+    halves what was trained in fp32."""
     base: str | None = None
     """The base's hub id (owner/name), for the card. Default: the model of the run; needed where that was a folder."""
     licence: str | None = None
@@ -102,52 +103,60 @@ def export(options: ExportConfig) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is already there; remove it, or choose another folder (--out)")
     family = families.get(facts["family"])
-    name = options.name or (run.name if re.fullmatch(r"\w[\w.+-]*", run.name) else "controlnet")
-    settings = json.loads((source / CONFIG).read_text())
+    adapter = adapters.get(trained.get("adapter", "controlnet"))  # a run from before there were others
+    name = options.name or (run.name if re.fullmatch(r"\w[\w.+-]*", run.name) else adapter.name)
+    settings = json.loads((source / adapter.config_file).read_text()) if adapter.config_file is not None else {}
     settings.pop("_name_or_path", None)  # a folder of this machine
     atomic.make_directory(out.parent)
     with atomic.writing_directory(out) as part:
-        atomic.write_json(part / CONFIG, settings)
-        _write_weights(source / WEIGHTS, part / WEIGHTS, options.precision)
-        single = _write_single(family, part, f"{name}.safetensors", out)
+        if adapter.config_file is not None:
+            atomic.write_json(part / adapter.config_file, settings)
+        weights = part / adapter.weights_file
+        _write_weights(adapter, source, weights, trained, options.precision)
+        single = _write_single(family, adapter, weights, f"{name}.safetensors", out)
         pictures = _copy_pictures(run, part, step, options.pictures)
-        card = _card(options, family, facts, trained, settings, part / WEIGHTS, run, name, step, pictures, single)
+        card = _card(options, family, facts, trained, settings, weights, run, name, step, pictures, single)
         atomic.write_bytes(part / CARD, model_card(card).encode())
     say(str(out))
     return out
 
 
-def _write_weights(source: Path, target: Path, precision: str) -> None:
-    """The checkpoint's weights, in another precision where that is asked for."""
-    if precision == "trained":
+def _write_weights(
+    adapter: type[Adapter], folder: Path, target: Path, trained: Mapping[str, Any], precision: str
+) -> None:
+    """The checkpoint's weights as the adapter hands them over, in another precision where that is asked for."""
+    source = folder / adapter.weights_file
+    found = load_file(source)
+    tensors = adapter.for_others(found, trained, precision)
+    if tensors is found:
         shutil.copyfile(source, target)
         return
-    tensors = {
-        key: tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
-        for key, tensor in load_file(source).items()
-    }
     try:
         save_file(tensors, target, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk comes in its class, with the system's number in the text alone
         found = re.search(r"os error (\d+)", str(error))
         refusal = disk_full(OSError(int(found[1]), str(error)), f"writing {target}") if found else None
         raise refusal or error from error
-    shutil.copymode(target.with_name(CONFIG), target)  # safetensors makes files that nobody else may read
+    shutil.copymode(source, target)  # safetensors makes files that nobody else may read
 
 
-def _write_single(family: Family, part: Path, name: str, out: Path) -> str | None:
+def _write_single(family: Family, adapter: type[Adapter], weights: Path, name: str, out: Path) -> str | None:
     """The single file's name; None, with a warning, where no loader of single files would know it."""
-    with safe_open(part / WEIGHTS, framework="pt") as opened:
-        if family.single_file_needs not in opened.keys():  # noqa: SIM118
+    part = weights.parent
+    if adapter.name == "full":
+        warn(f"{out} gets no single file: ComfyUI reads a whole base under other names; diffusers reads it")
+        return None
+    with safe_open(weights, framework="pt") as opened:
+        if adapter.name == "controlnet" and family.single_file_needs not in opened.keys():  # noqa: SIM118
             warn(
                 f"{out} gets no single file: ComfyUI knows a ControlNet of this family by {family.single_file_needs}, "
                 "which a depth without double blocks has not; diffusers reads it"
             )
             return None
     try:
-        os.link(part / WEIGHTS, part / name)
+        os.link(weights, part / name)
     except OSError:  # not on this file system
-        shutil.copyfile(part / WEIGHTS, part / name)
+        shutil.copyfile(weights, part / name)
     return name
 
 
@@ -186,6 +195,7 @@ def _card(
     single: str | None,
 ) -> Card:  # fmt: skip
     """What the card says, from the run's own records."""
+    adapter = adapters.get(trained.get("adapter", "controlnet"))
     stated = facts["model"]["name"]
     base = options.base or stated
     on_hub = options.base is not None or (re.fullmatch(_HUB_ID, stated) is not None and not Path(stated).is_dir())
@@ -207,13 +217,16 @@ def _card(
         licence=licence,
         pipeline_class=family.pipeline_class,
         controlnet_class=family.controlnet_class,
-        depth=(settings["num_layers"], settings["num_single_layers"]),
+        depth=(settings.get("num_layers", 0), settings.get("num_single_layers", 0)),
+        adapter=adapter.name,
+        base_class=family.base_class,
+        base_component=family.base_component,
         num_parameters=num_parameters,
         dtype=dtype,
         conditions=tuple(facts["condition"]),
         sizes=tuple((width, height) for width, height in facts["sizes"]),
         text_length=facts["text_length"],
-        guidance=trained["controlnet"]["guidance"],
+        guidance=trained[adapter.name]["guidance"],
         control_mode=trained["controlnet"]["control_mode"],
         step=step,
         data=options.data,

@@ -1,4 +1,5 @@
-"""The card of an exported ControlNet: base, licence, data, training figures, pictures, the code to use it.
+"""The card of what was exported, a ControlNet, a LoRA or a base: licence, data, training figures, pictures, the code
+to use it.
 
 Markdown below a block of metadata in YAML, as the hub reads a model's README.md.
 """
@@ -29,6 +30,7 @@ _FIGURES = (
     ("loss_other_drawing", "loss with another sample's drawing"),
     ("condition_gap", "by how much its own drawing beats another's"),
 )
+_PLAIN_FIGURES = (("loss", "loss"), ("loss_without_control", "loss of the base alone"))
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Card:
     """Paths below the card."""
     single_file: str | None
     """The file for programs that take one file; None where they cannot read this ControlNet."""
+    adapter: str = "controlnet"
+    """What it is."""
+    base_class: str = ""
+    """diffusers' class of a whole base, and where it is in a pipeline."""
+    base_component: str = ""
     averaged: bool = False
     """Whether the weights are their average over training."""
     looked_at_average: bool = False
@@ -80,21 +87,18 @@ class Card:
 
 def model_card(card: Card) -> str:
     """The card as Markdown with its metadata."""
+    relation = "finetune" if card.adapter == "full" else "adapter"
     metadata: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        **({"base_model": card.base, "base_model_relation": "adapter"} if card.on_hub else {}),
+        **({"base_model": card.base, "base_model_relation": relation} if card.on_hub else {}),
         **card.licence,
-        "tags": ["controlnet", *card.conditions],
+        "tags": [*([] if card.adapter == "full" else [card.adapter]), *card.conditions],
     }
-    condition = " or ".join(card.conditions)
-    kind = " drawings: white lines on black" if {*card.conditions} <= _LINES else " pictures"
-    double, single = card.depth
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
         f"# {card.name}",
-        f"A ControlNet for {_base(card)} that follows {condition}{kind}. It has {double} double and {single} "
-        f"single blocks: {card.num_parameters:,} parameters in {card.dtype}.",
+        f"{_what(card)}: {card.num_parameters:,} parameters in {card.dtype}.",
         *(f"![]({picture})" for picture in card.pictures),
         "## Use",
         f"```python\n{_code(card)}\n```",
@@ -112,6 +116,19 @@ def model_card(card: Card) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _what(card: Card) -> str:
+    if card.adapter == "lora":
+        return f"A LoRA of rank {card.options.get('lora.rank', '?')} for {_base(card)}"
+    if card.adapter == "full":
+        return f"{_base(card)}, all of its weights trained further"
+    condition = " or ".join(card.conditions)
+    kind = " drawings: white lines on black" if {*card.conditions} <= _LINES else " pictures"
+    blocks = ""
+    if any(card.depth):
+        blocks = f". It has {card.depth[0]} double and {card.depth[1]} single blocks"
+    return f"A ControlNet for {_base(card)} that follows {condition}{kind}{blocks}"
+
+
 def _base(card: Card) -> str:
     return f"[{card.base}](https://huggingface.co/{card.base})" if card.on_hub else f"`{card.base}`"
 
@@ -119,6 +136,8 @@ def _base(card: Card) -> str:
 def _code(card: Card) -> str:
     """A program that paints one picture."""
     width, height = min(card.sizes, key=lambda size: (abs(math.log(size[0] / size[1])), -size[0]))  # the squarest
+    if card.adapter != "controlnet":
+        return _plain_code(card, width, height)
     mode = "" if card.control_mode is None else f"control_mode={card.control_mode}, "
     return f"""\
 import torch
@@ -143,9 +162,35 @@ picture = pipeline(
 picture.save("picture.png")"""
 
 
+def _plain_code(card: Card, width: int, height: int) -> str:
+    """A program that paints from words alone."""
+    if card.adapter == "lora":
+        imported = "DiffusionPipeline"
+        load = f"""\
+pipeline = DiffusionPipeline.from_pretrained("{card.base}", torch_dtype=torch.bfloat16)
+pipeline.load_lora_weights("{REPO}")
+pipeline.to("cuda")"""
+    else:
+        imported = f"DiffusionPipeline, {card.base_class}"
+        load = f"""\
+trained = {card.base_class}.from_pretrained("{REPO}", torch_dtype=torch.bfloat16)
+pipeline = DiffusionPipeline.from_pretrained(
+    "{card.base}", {card.base_component}=trained, torch_dtype=torch.bfloat16
+).to("cuda")"""
+    return f"""\
+import torch
+from diffusers import {imported}
+
+{load}
+picture = pipeline("what to paint", width={width}, height={height}, num_inference_steps=28).images[0]
+picture.save("picture.png")"""
+
+
 def _files(card: Card) -> str:
     if card.single_file is None:
         return ""
+    if card.adapter == "lora":
+        return f"For ComfyUI, put `{card.single_file}` into `models/loras` and load it with *Load LoRA*."
     return (
         f"For ComfyUI, put `{card.single_file}` into `models/controlnet` and load it with *Load ControlNet Model*; "
         "*Apply ControlNet* takes the base's VAE beside it."
@@ -162,7 +207,8 @@ def _table(card: Card) -> str:
 
 
 def _figures(card: Card) -> str:
-    known = [(text, card.held_out[name]) for name, text in _FIGURES if name in card.held_out]
+    figures = _FIGURES if card.adapter == "controlnet" else _PLAIN_FIGURES
+    known = [(text, card.held_out[name]) for name, text in figures if name in card.held_out]
     if not known:
         return "No samples were held out, so there are no figures about pictures that it has not seen."
     whose = ""
@@ -183,9 +229,8 @@ def _fingerprints(card: Card) -> str:
 def _licence(card: Card) -> str:
     name = card.licence.get("license_name", card.licence["license"])
     link = card.licence.get("license_link")
+    made = "made from the first blocks of" if card.adapter == "controlnet" else "trained on"
     if name == "unknown":
-        return f"Made from the first blocks of {_base(card)}, whose licence governs this ControlNet, too."
-    return (
-        f"{f'[{name}]({link})' if link else name}. It is made from the first blocks of {_base(card)}, whose licence "
-        "governs it, too."
-    )
+        it = "this ControlNet" if card.adapter == "controlnet" else "it"
+        return f"{made.capitalize()} {_base(card)}, whose licence governs {it}, too."
+    return f"{f'[{name}]({link})' if link else name}. It is {made} {_base(card)}, whose licence governs it, too."

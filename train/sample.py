@@ -1,7 +1,8 @@
-"""Paint with a trained ControlNet: `python -m train.sample --run runs/first --image drawing.png --prompt "..."`.
+"""Paint with what a run has trained: `python -m train.sample --run runs/first --image drawing.png --prompt "..."`.
 
-One drawing, or many with their prompts. Inference, not training: this loads the whole pipeline, text encoders too,
-through diffusers' own classes. Nothing in the training stage imports it.
+One drawing, or many with their prompts; prompts alone for a LoRA or a whole base (train/sample_plain.py). Inference,
+not training: this loads the whole pipeline, text encoders too, through diffusers' own classes. Nothing in the training
+stage imports it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
@@ -20,16 +21,19 @@ from shared import atomic
 from shared.config import load
 from shared.errors import UserError, run_command_line
 
+if TYPE_CHECKING:
+    from train.adapters.base import Adapter
+
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Paint drawings with a run's newest ControlNet."""
+    """Paint with the newest weights of a run: drawings with a ControlNet, words with a LoRA or a base."""
 
     run: str
     """The run's folder, for example runs/first."""
     image: tuple[str, ...] = ()
     """The drawing, as the ControlNet saw them in training: white lines on black for lineart and canny. Several are
-    painted one after the other."""
+    painted one after the other. None for a LoRA or a base, which paint from words alone."""
     prompt: tuple[str, ...] = ()
     """What to paint: one for each drawing, or one for all of them; several with one drawing paint it several times."""
     pairs: str | None = None
@@ -45,7 +49,7 @@ class SampleConfig:
     guidance: float = 3.5
     """Guidance that the distilled base is told."""
     scale: float = 1.0
-    """How strongly the ControlNet acts; 0 is without it."""
+    """How strongly the ControlNet or the LoRA acts; 0 is without it."""
     control_start: float = 0.0
     """Share of the denoising, 0 to 1, before which the ControlNet does not act. Raise it to leave the layout free."""
     control_end: float = 1.0
@@ -72,13 +76,16 @@ class SampleConfig:
             )
         if self.pairs is not None and (self.image or self.prompt):
             raise UserError("give either PAIRS, or IMAGE and PROMPT, not both")
-        if self.pairs is None and not (self.image and self.prompt):
-            raise UserError('give a drawing and what to paint: IMAGE=drawing.png PROMPT="...", or PAIRS=file.jsonl')
-        if len({len(self.image), len(self.prompt)} - {1}) > 1:
+        if self.pairs is None and not self.prompt:
+            raise UserError(_NOTHING)
+        if self.image and len({len(self.image), len(self.prompt)} - {1}) > 1:
             raise UserError(
                 f"{len(self.image)} images and {len(self.prompt)} prompts do not pair up: give one of each, one prompt "
                 "for each image, or a single one of either"
             )
+
+
+_NOTHING = 'give a drawing and what to paint: IMAGE=drawing.png PROMPT="...", or PAIRS=file.jsonl'
 
 
 @dataclass(frozen=True)
@@ -152,9 +159,18 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(run.json, config.yaml) of a run that has a checkpoint. Raises `UserError`."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} is no run: give the folder that `make train` named, for example runs/depth-2-4")
-    if not (folder / "controlnet" / "config.json").is_file():
+    config = folder / "config.yaml"
+    trained = yaml.safe_load(config.read_text()) if config.is_file() else {}
+    if not (folder / adapter_of(trained).folder).is_dir():
         raise UserError(f"{folder} has no checkpoint yet: train until the first one (checkpoint.every) is saved")
-    return json.loads((folder / "run.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
+    return json.loads((folder / "run.json").read_text()), trained
+
+
+def adapter_of(trained: dict[str, Any]) -> type[Adapter]:
+    """What a run with these options has trained."""
+    from train import adapters
+
+    return adapters.get(trained.get("adapter", "controlnet"))  # a run from before there were others
 
 
 def destinations(options: SampleConfig, pairs: list[Pair]) -> tuple[list[Path], Path]:
@@ -170,6 +186,11 @@ def sample(options: SampleConfig) -> int:
     """Paint, with and without control, and write the pictures and a grid of a row for each. Exit code 0."""
     folder = Path(options.run)
     facts, trained = read_run(folder)
+    adapter = adapter_of(trained)
+    if not adapter.conditioned:
+        return _sample_words(options, folder, facts, adapter)
+    if options.pairs is None and not options.image:
+        raise UserError(_NOTHING)
     pairs = read_pairs(options)
     drawings = [read_drawing(pair.image, options.invert) for pair in pairs]  # all, before anything is loaded
 
@@ -180,10 +201,10 @@ def sample(options: SampleConfig) -> int:
     from shared.model_folder import resolve
     from shared.pictures import grid
     from shared.report import quiet_libraries, say, warn
-    from train import checkpoints
+    from train import checkpoints, objectives
 
     quiet_libraries()
-    controlnet = checkpoints.weights_of((folder / "controlnet").resolve().parent, options.weights)
+    controlnet = checkpoints.weights_of((folder / adapter.folder).resolve().parent, options.weights)
     sizes = [(width, height) for width, height in facts["sizes"]]
     placed = [np.asarray(fit(drawing, sizes)) for drawing in drawings]
     for pair, drawing in zip(pairs, placed, strict=True):
@@ -194,6 +215,7 @@ def sample(options: SampleConfig) -> int:
     family = families.get(facts["family"])
     components = {family.base_component, "scheduler", *(part for kind in family.layers for part in kind.components)}
     model = resolve(facts["model"]["name"], sorted(components), facts["model"]["revision"])
+    scheduler = objectives.make(objectives.ObjectiveOptions(**trained["objective"]), family, model).scheduler
     paint = family.open_painter(model, controlnet, device, torch.float32 if precise else torch.bfloat16)
 
     def painted(pair: Pair, drawing: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
@@ -209,6 +231,7 @@ def sample(options: SampleConfig) -> int:
                 control_mode=trained["controlnet"]["control_mode"],
                 control_start=options.control_start,
                 control_end=options.control_end,
+                scheduler=scheduler if scale else {},  # the base alone paints as it always has
             )
         )[0]
 
@@ -225,6 +248,57 @@ def sample(options: SampleConfig) -> int:
         control += f", {options.control_start:g} to {options.control_end:g}"
     _write(sheet_path, grid(rows, ["drawing", control, "without"][: len(rows[0])]))
     say(str(sheet_path))
+    return 0
+
+
+def _sample_words(options: SampleConfig, folder: Path, facts: dict[str, Any], adapter: type[Adapter]) -> int:
+    """The same from words alone. Raises `UserError` where there are drawings, or a base is to be painted without."""
+    if options.image or options.pairs is not None:
+        raise UserError(f"{folder} is a run of adapter {adapter.name}, which sees no drawing: give PROMPT alone")
+    if options.scale != 1.0 and not adapter.keeps_base:
+        raise UserError(f"{folder} has trained the base itself, which acts by 1: leave scale out")
+
+    import torch
+
+    from shared import families
+    from shared.model_folder import resolve
+    from shared.pictures import grid
+    from shared.report import quiet_libraries, say
+    from train import checkpoints
+    from train.sample_plain import open_words
+
+    quiet_libraries()
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    precise = options.precision == "fp32" or (options.precision == "auto" and device == "cpu")
+    family = families.get(facts["family"])
+    components = {family.base_component, "scheduler", *(part for kind in family.layers for part in kind.components)}
+    paint = open_words(
+        family,
+        resolve(facts["model"]["name"], sorted(components), facts["model"]["revision"]),
+        adapter,
+        checkpoints.weights_of((folder / adapter.folder).resolve().parent, options.weights),
+        device,
+        torch.float32 if precise else torch.bfloat16,
+        size=min(((w, h) for w, h in facts["sizes"]), key=lambda size: (abs(np.log(size[0] / size[1])), -size[0])),
+        num_steps=options.steps,
+        guidance=options.guidance,
+        text_length=facts["text_length"],
+    )
+    out = Path(options.out or folder / "samples" / f"words-{options.seed}")
+    name, several = out.name.removesuffix(".png"), len(options.prompt) > 1
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, prompt in enumerate(options.prompt, 1):
+        picture = paint(prompt, options.seed, options.scale)
+        path = out.with_name(f"{name}-{i}.png" if several else f"{name}.png")
+        _write(path, picture)
+        say(str(path))
+        without = options.without and adapter.keeps_base
+        rows.append([picture, *([paint(prompt, options.seed, 0.0)] if without else [])])
+    headings = [f"{adapter.title}, scale {options.scale:g}", "without"][: len(rows[0])]
+    sheet = out.with_name(f"{name}-grid.png")
+    _write(sheet, grid(rows, headings))
+    say(str(sheet))
     return 0
 
 

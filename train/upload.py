@@ -44,7 +44,7 @@ def upload(options: UploadConfig) -> int:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from train.adapters.controlnet import WEIGHTS
+    from train import adapters
     from train.model_card import REPO
 
     if get_token() is None:
@@ -61,7 +61,8 @@ def upload(options: UploadConfig) -> int:
     try:
         api.create_repo(options.repo, private=options.private, exist_ok=True)
         # The single file is the same bytes again: the hub has to have them before it can say so.
-        weights = [operation for operation in operations if operation.path_in_repo == WEIGHTS]
+        first = {adapters.get(name).weights_file for name in adapters.names()}
+        weights = [operation for operation in operations if operation.path_in_repo in first]
         api.preupload_lfs_files(options.repo, weights)
         commit = api.create_commit(
             options.repo, operations, commit_message=f"{folder.name} of {Path(options.run).name}"
@@ -90,8 +91,7 @@ def upload(options: UploadConfig) -> int:
 
 def _folder(options: UploadConfig) -> Path:
     """What is to be sent: an exported folder that is whole. Raises `UserError`."""
-    from train import checkpoints
-    from train.adapters.controlnet import CONFIG, WEIGHTS
+    from train import adapters, checkpoints
     from train.export import CARD, ExportConfig, export, folder_of
 
     if options.folder is not None:
@@ -103,7 +103,9 @@ def _folder(options: UploadConfig) -> Path:
         folder = folder_of(options.run, step, None)
         if not folder.exists():
             return export(ExportConfig(run=options.run, step=step))
-    if missing := [name for name in (CONFIG, WEIGHTS, CARD) if not (folder / name).is_file()]:
+    kind = adapters.get("lora" if (folder / adapters.get("lora").weights_file).is_file() else "controlnet")
+    needed = [name for name in (kind.config_file, kind.weights_file, CARD) if name is not None]
+    if missing := [name for name in needed if not (folder / name).is_file()]:
         raise UserError(f"{folder} is no export, it lacks {', '.join(missing)}: run `make export` first")
     return folder
 

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from shared.errors import UserError
@@ -24,9 +26,11 @@ from train import checkpoints
 from train.adapters.lora import WEIGHTS, LoraAdapter, LoraOptions, chosen
 from train.config import TrainConfig
 from train.counting import Setting
+from train.export import ExportConfig, export
 from train.memory_plan import count
 from train.preparation import ground_of
 from train.quantize import place_base
+from train.sample import SampleConfig, sample
 from train.samples import CachedSamples
 from train.step import Step
 from train.trainer import train
@@ -301,3 +305,53 @@ def test_its_memory_is_counted_without_weights_and_is_less_than_a_controlnet_s()
     assert ours.num_controlnet_blocks == 0
     assert ours.components["ControlNet weights"] < theirs.components["ControlNet weights"] / 10
     assert count(setting, 57).peak_bytes < ours.peak_bytes
+
+
+# --- handed over ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_exported_needs_no_alpha_and_is_read_by_diffusers(
+    tiny_cache: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    lora = {"rank": 4, "alpha": 2.0, "save_fp32": True}
+    options = lora_options(tiny_cache, tmp_path, steps=3, lora=lora)
+    assert train(options) == 0
+    out = export(ExportConfig(run=str(tmp_path / "run"), base="owner/base", licence="mit"))
+    exported, saved = load_file(out / WEIGHTS), tensors_of(tmp_path / "run")
+    assert exported.keys() == saved.keys()
+    for name, tensor in exported.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, saved[name] * (0.5 if "lora_B" in name else 1.0))
+    assert (out / "run.safetensors").read_bytes() == (out / WEIGHTS).read_bytes()
+    card = (out / "README.md").read_text()
+    assert "A LoRA of rank 4 for [owner/base]" in card
+    assert "load_lora_weights" in card
+    assert "ControlNet" not in card
+    velocities = []
+    for folder in (out, tmp_path / "run" / "lora"):
+        pipeline = FluxPipeline.from_pretrained(tiny_model)
+        pipeline.load_lora_weights(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        velocities.append(
+            pipeline(
+                "a box", height=64, width=64, num_inference_steps=1, max_sequence_length=24, output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            ).images
+        )  # fmt: skip
+    torch.testing.assert_close(velocities[0], velocities[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_s_lora_paints_words_alone(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    given: dict[str, Any] = {"run": str(runs / "whole"), "steps": 2, "device": "cpu", "guidance": 1.0}
+    assert sample(SampleConfig(prompt=("a box", "a box"), out=str(tmp_path / "two.png"), **given)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two-1.png", "two-2.png", "two-grid.png"]
+    assert (tmp_path / "two-1.png").read_bytes() == (tmp_path / "two-2.png").read_bytes()
+    sheet = np.asarray(Image.open(tmp_path / "two-grid.png")).astype(int)
+    picture = np.asarray(Image.open(tmp_path / "two-1.png")).astype(int)
+    with_it, without = sheet[-66:-2, :64], sheet[-66:-2, -64:]
+    assert np.abs(with_it - without).max() > 2
+    assert picture.shape == (64, 64, 3)
+    with pytest.raises(UserError, match="which sees no drawing: give PROMPT alone"):
+        sample(SampleConfig(image=("a.png",), prompt=("a box",), **given))

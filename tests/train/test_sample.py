@@ -111,7 +111,7 @@ def test_images_and_prompts_pair_up_or_one_serves_for_all(tmp_path: Path) -> Non
     assert pairs(("a",), ("x", "y")) == [("a", "x"), ("a", "y")]
     with pytest.raises(UserError, match="2 images and 3 prompts do not pair up"):
         pairs(("a", "b"), ("x", "y", "z"))
-    for options in (SampleConfig(run="r"), SampleConfig(run="r", image=("a",)), SampleConfig(run="r", prompt=("x",))):
+    for options in (SampleConfig(run="r"), SampleConfig(run="r", image=("a",))):
         with pytest.raises(UserError, match="give a drawing and what to paint"):
             options.check()
     with pytest.raises(UserError, match="not both"):

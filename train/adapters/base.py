@@ -50,6 +50,8 @@ class Adapter(ABC):
     """Of its weights: in a checkpoint, and the link in a run's folder."""
     weights_file: ClassVar[str]
     """In that folder."""
+    config_file: ClassVar[str | None] = "config.json"
+    """Beside them, where diffusers needs one."""
     title: ClassVar[str]
     """In a sentence: "ControlNet"."""
     conditioned: ClassVar[bool]
@@ -162,6 +164,17 @@ class Adapter(ABC):
     @abstractmethod
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
         """What `write` wrote, by name in `trained`, on the CPU."""
+
+    @classmethod
+    def for_others(
+        cls, tensors: dict[str, torch.Tensor], trained: Mapping[str, Any], precision: str
+    ) -> dict[str, torch.Tensor]:
+        """The weights of a checkpoint's file as an export has them: what a program must be told beside them is worked
+        in. `trained`: the run's options; `precision`: "trained", or "bf16" or "fp32" for all."""
+        if precision == "trained":
+            return tensors
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -169,6 +169,7 @@ class LoraAdapter(Adapter):
     name: ClassVar[str] = "lora"
     folder: ClassVar[str] = "lora"
     weights_file: ClassVar[str] = WEIGHTS
+    config_file: ClassVar[str | None] = None
     title: ClassVar[str] = "LoRA"
     conditioned: ClassVar[bool] = False
 
@@ -283,6 +284,20 @@ class LoraAdapter(Adapter):
 
         names = {saved: ours for ours, saved in self._names().items()}
         return {names.get(saved, saved): tensor for saved, tensor in load_file(folder / WEIGHTS).items()}
+
+    @classmethod
+    def for_others(
+        cls, tensors: dict[str, torch.Tensor], trained: Mapping[str, Any], precision: str
+    ) -> dict[str, torch.Tensor]:
+        """alpha / rank is multiplied into B: programs take alpha from several places, or from none."""
+        options = LoraOptions(**{**trained["lora"], "targets": tuple(trained["lora"]["targets"])})
+        scaled = {
+            name: options.scale * tensor.float() if name.endswith("lora_B.weight") else tensor
+            for name, tensor in tensors.items()
+        }
+        if precision == "trained":
+            precision = "fp32" if options.save_fp32 else "bf16"
+        return super().for_others(scaled, trained, precision)
 
     def _names(self) -> dict[str, str]:
         """Of each weight its name in `trained`, and in the file."""
