@@ -201,7 +201,8 @@ def sample(options: SampleConfig) -> int:
     from shared.model_folder import resolve
     from shared.pictures import grid
     from shared.report import quiet_libraries, say, warn
-    from train import checkpoints, objectives
+    from train import checkpoints
+    from train.objectives import ObjectiveOptions
 
     quiet_libraries()
     controlnet = checkpoints.weights_of((folder / adapter.folder).resolve().parent, options.weights)
@@ -215,7 +216,7 @@ def sample(options: SampleConfig) -> int:
     family = families.get(facts["family"])
     components = {family.base_component, "scheduler", *(part for kind in family.layers for part in kind.components)}
     model = resolve(facts["model"]["name"], sorted(components), facts["model"]["revision"])
-    scheduler = objectives.make(objectives.ObjectiveOptions(**trained["objective"]), family, model).scheduler
+    scheduler = ObjectiveOptions(**trained["objective"]).scheduler(family.objective)
     paint = family.open_painter(model, controlnet, device, torch.float32 if precise else torch.bfloat16)
 
     def painted(pair: Pair, drawing: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:

@@ -40,8 +40,8 @@ class Objective(ABC):
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """Settings that diffusers' scheduler needs to paint with what was trained so; none where the base's own do."""
-        return {}
+        """See `ObjectiveOptions.scheduler`."""
+        return self.options.scheduler(self.kind)
 
     @abstractmethod
     def time_at(self, shares: torch.Tensor) -> torch.Tensor:

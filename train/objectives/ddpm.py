@@ -5,7 +5,7 @@ Letters: N noise levels, mostly 1,000; alpha_bar, as in the paper, is the share 
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 
@@ -34,34 +34,23 @@ class DDPM(Objective):
         assert alpha_bars.ndim == 1, f"noise levels of shape {tuple(alpha_bars.shape)}"
         assert ((alpha_bars >= 0) & (alpha_bars <= 1)).all(), "alpha_bar is a share"
         alpha_bars = alpha_bars.cpu().double()
-        self._shifted = options.zero_terminal_snr and bool(alpha_bars[-1] > 0)
-        if self._shifted:
+        shifted = options.zero_terminal_snr and bool(alpha_bars[-1] > 0)
+        if shifted:
             alpha_bars = zero_terminal(alpha_bars)
         named: dict[str, PredictionType] = {"epsilon": "epsilon", "v": "v_prediction", "auto": prediction_type}
         self.predicted = named[options.prediction]
         """What is trained, in diffusers' word."""
-        self._base_predicts = prediction_type
         if self.predicted == "epsilon" and not alpha_bars[-1] > 0:
             asked = options.prediction == "epsilon"
             who = "objective.prediction is epsilon" if asked else "the base predicts the noise"
-            why = "objective.zero_terminal_snr makes" if self._shifted else "the base's schedule has"
+            why = "objective.zero_terminal_snr makes" if shifted else "the base's schedule has"
             raise UserError(
                 f"{who}, but {why} the last noise level pure noise, where there is nothing to be learned from that: "
-                "set objective.prediction v" + (", or leave objective.zero_terminal_snr out" if self._shifted else "")
+                "set objective.prediction v" + (", or leave objective.zero_terminal_snr out" if shifted else "")
             )
         rates = torch.stack([alpha_bars.sqrt(), (1 - alpha_bars).sqrt(), self._weights(alpha_bars)]).float()
         self._tables = {torch.device("cpu"): rates}
         """Device to (3, N) float32: signal, sigma and weight of each level."""
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """See `Objective`. The last level is visited only with `trailing` (arXiv 2305.08891, section 3.3)."""
-        changed: dict[str, Any] = {}
-        if self.predicted != self._base_predicts:
-            changed["prediction_type"] = self.predicted
-        if self._shifted:
-            changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return changed
 
     def time_at(self, shares: torch.Tensor) -> torch.Tensor:
         """The levels of 0 .. N - 1 at these shares, (J,) float32, each as much of the way as any other."""

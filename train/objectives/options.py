@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from shared.errors import UserError, nearest
 
@@ -85,6 +85,25 @@ class ObjectiveOptions:
     def timesteps_of(self, kind: Kind) -> Timesteps:
         """The distribution of t that an objective of this kind draws from: never `auto`."""
         return _AUTO[kind] if self.timesteps == "auto" else self.timesteps
+
+    def scheduler(self, kind: Kind) -> dict[str, Any]:
+        """Settings that diffusers' scheduler needs to paint with what an objective of this kind has trained; none where
+        those of the base's own do. The last noise level is visited only with `trailing` (arXiv 2305.08891, 3.3)."""
+        changed: dict[str, Any] = {}
+        if kind == "ddpm" and self.prediction != "auto":
+            changed["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[self.prediction]
+        if kind == "ddpm" and self.zero_terminal_snr:
+            changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return changed
+
+    def facts(self, kind: Kind) -> dict[str, str]:
+        """What a model's card says of an objective of this kind: titles and values."""
+        facts: dict[str, str] = {"Timesteps": self.timesteps_of(kind)}
+        if kind == "flow":
+            return facts | ({} if self.weighting == "none" else {"Loss weights": self.weighting})
+        facts |= {} if self.prediction == "auto" else {"Prediction": self.prediction}
+        facts |= {"Min-SNR gamma": f"{self.snr_gamma:g}"} if self.snr_gamma else {}
+        return facts | ({"Noise levels": "zero terminal SNR"} if self.zero_terminal_snr else {})
 
     def unused(self, kind: Kind) -> list[str]:
         """Options that differ from their default but have no effect on an objective of this kind under the chosen
