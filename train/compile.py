@@ -27,6 +27,7 @@ import os
 import shlex
 import shutil
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +40,8 @@ from shared.report import say, warn
 from train.speed import SpeedOptions
 
 VARIANTS = 8
-"""Of one class's forward, compiled for one shape, with room to spare: 3 in the base and 2 in the ControlNet are
-needed."""
+"""Of one class's forward, compiled for blocks of one kind and batches of one shape, with room to spare: 3 in the base
+and 2 in the ControlNet are needed."""
 
 Backend = str | Callable[..., Any]
 
@@ -89,7 +90,10 @@ def compile_blocks(blocks: Sequence[torch.nn.Module], *, num_shapes: int, backen
     # Beyond these limits a call would not be compiled but refused. They are documented for users to set.
     from torch._dynamo import config
 
-    config.recompile_limit = max(config.recompile_limit, VARIANTS * (num_shapes + 1))
+    # A UNet's blocks of one class differ in their channels, and each kind of them is compiled for itself.
+    unlike = {(type(block), tuple(parameter.shape for parameter in block.parameters())) for block in blocks}
+    most = max(Counter(kind for kind, _ in unlike).values())
+    config.recompile_limit = max(config.recompile_limit, VARIANTS * most * (num_shapes + 1))
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * config.recompile_limit)
     for block in blocks:
         assert "forward" not in vars(block), "a block is compiled once"

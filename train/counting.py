@@ -233,7 +233,8 @@ def trace(setting: Setting, *, whole: bool = False) -> Trace:
 @functools.lru_cache(maxsize=256)
 def _trace(setting: Setting, whole: bool) -> Trace:
     weights, kept, copies = _run(setting, recomputed=False, whole=whole)
-    return Trace(setting, weights, kept, copies, sum(setting.depth), whole)
+    own = {segment.block for segment in kept if segment.part == "controlnet" and segment.block is not None}
+    return Trace(setting, weights, kept, copies, len(own), whole)
 
 
 def _run(
@@ -411,17 +412,33 @@ def _batch(family: Family, setting: Setting) -> Batch:
 
 
 def _cast_as_autocast_does(controlnet: torch.nn.Module, dtype: torch.dtype) -> None:
-    """float32 weights computed with in `dtype`, in place: products in `dtype`, layer norms in float32, as on CUDA."""
+    """float32 weights computed with in `dtype`, in place: products in `dtype`, norms in float32, as on CUDA."""
     for module in controlnet.modules():
         if isinstance(module, torch.nn.Linear):
             module.forward = functools.partial(_cast_linear, module, dtype)  # type: ignore[method-assign]
         elif isinstance(module, torch.nn.LayerNorm):
             module.forward = functools.partial(_cast_norm, module)  # type: ignore[method-assign]
+        elif isinstance(module, torch.nn.GroupNorm):
+            module.forward = functools.partial(_cast_group_norm, module)  # type: ignore[method-assign]
+        elif isinstance(module, torch.nn.Conv2d):
+            module.forward = functools.partial(_cast_convolution, module, dtype)  # type: ignore[method-assign]
 
 
 def _cast_linear(linear: torch.nn.Linear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
     bias = None if linear.bias is None else linear.bias.to(dtype)
     return torch.nn.functional.linear(x.to(dtype), linear.weight.to(dtype), bias)
+
+
+def _cast_convolution(conv: torch.nn.Conv2d, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    assert not isinstance(conv.padding, str)
+    return torch.nn.functional.conv2d(
+        x.to(dtype), conv.weight.to(dtype), bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+def _cast_group_norm(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.group_norm(x.float(), norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def _cast_norm(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
+from torch._dynamo import config as dynamo
 
 from preprocess.pipeline import preprocess
 from shared import families
@@ -27,6 +29,9 @@ from shared.families.base import Inputs
 from tests.conftest import preprocess_options, write_data
 from tests.train.conftest import content, controlnet_bytes, losses, metrics, train_options
 from train.baseline import Baseline
+from train.compile import compile_blocks
+from train.counting import Setting
+from train.memory_plan import count
 from train.painting import Painter
 from train.preparation import prepare
 from train.step import NOISE
@@ -71,7 +76,9 @@ def moved(made: Trainer) -> Trainer:
     return made
 
 
-@pytest.mark.parametrize("options", [{"snr_gamma": 0.0}, {"snr_gamma": 5.0}, {"snr_gamma": 5.0, "prediction": "v"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"snr_gamma": 0.0}, {"snr_gamma": 5.0}, {"snr_gamma": 5.0, "prediction": "v"}], ids=str
+)
 def test_a_step_s_loss_and_gradients_are_those_of_diffusers_own_modules(
     options: dict[str, Any], cache: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
@@ -225,3 +232,44 @@ def test_a_schedule_without_terminal_noise_is_refused_for_epsilon_and_trains_wit
     )  # fmt: skip
     assert train(options) == 0
     assert all(np.isfinite(losses(tmp_path / "run")))
+
+
+# --- at full size ---------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_counted_before_anything_is_loaded() -> None:
+    full = Setting(depth=(0, 0), height=512, width=512, text_length=77, family="sd15", hoist=False)
+    counted, wider = count(full), count(replace(full, batch_size=4))
+    assert (counted.num_base_blocks, counted.num_controlnet_blocks) == (38, 17)
+    assert 1.9e9 < counted.peak_bytes < wider.peak_bytes < 8e9
+    assert count(full, 38, 17).peak_bytes < counted.peak_bytes
+    assert count(replace(full, weights=torch.float32)).peak_bytes > counted.peak_bytes + 361e6 * (2 + 2)
+
+
+def test_blocks_of_many_shapes_are_compiled_whole() -> None:
+    """As many kinds of block as SD 1.5 has, in one process: beyond the limit a call would be refused."""
+    family = families.get("sd15")
+    config = {name: value for name, value in family.unet.items() if name[0] != "_"}  # type: ignore[attr-defined]
+    small = {"block_out_channels": (8, 16, 24, 32), "norm_num_groups": 4, "attention_head_dim": 2}
+    base = UNet2DConditionModel(**{**config, **small, "cross_attention_dim": 24}).requires_grad_(False).eval()
+    controlnet = ControlNetModel.from_unet(base)
+    blocks = [*family.blocks(base), *family.blocks(controlnet)]
+    assert len(blocks) == 55
+    x_t, told = torch.randn(2, 4, 8, 8), {"encoder_hidden_states": torch.randn(2, 77, 24)}
+    inputs, t = Inputs(torch.rand(2, 3, 64, 64), told, 64, 64), torch.tensor([3.0, 900.0])
+
+    def loss() -> float:
+        residuals = family.residuals(controlnet, x_t, t, inputs, 1.0, None)
+        found = family.predict(base, x_t, t, inputs, 1.0, residuals).square().mean()
+        found.backward()
+        return found.item()
+
+    before = loss()
+    limits = {name: getattr(dynamo, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    try:
+        compile_blocks(blocks, num_shapes=1, backend="eager")
+        assert loss() == before
+    finally:
+        torch.compiler.reset()
+        for name, value in limits.items():
+            setattr(dynamo, name, value)
