@@ -33,6 +33,7 @@ from shared.errors import UserError, disk_full, run_command_line
 from shared.report import say, warn
 from train import adapters, checkpoints
 from train.model_card import Card, model_card
+from train.objectives import ObjectiveOptions
 from train.run import METRICS
 from train.sample import read_run
 
@@ -210,6 +211,7 @@ def _card(
         num_parameters = sum(torch.Size(piece.get_shape()).numel() for piece in slices)
         dtypes = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
         dtype = " and ".join(sorted({dtypes.get(piece.get_dtype(), piece.get_dtype()) for piece in slices}))
+    objective = ObjectiveOptions(**trained["objective"])
     return Card(
         name=name,
         base=base,
@@ -225,8 +227,12 @@ def _card(
         dtype=dtype,
         conditions=tuple(facts["condition"]),
         sizes=tuple((width, height) for width, height in facts["sizes"]),
-        text_length=facts["text_length"],
-        guidance=trained[adapter.name]["guidance"],
+        text_length=facts["text_length"] if family.min_text_length < family.max_text_length else None,
+        guidance=family.guidance_scale or trained[adapter.name]["guidance"],
+        distilled=family.guidance_scale is None,
+        drawing_argument=family.drawing_argument,
+        objective=objective.facts(family.objective),
+        scheduler=objective.scheduler(family.objective),
         control_mode=trained["controlnet"]["control_mode"],
         step=step,
         data=options.data,

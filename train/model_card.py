@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -21,7 +21,6 @@ _LINES = {"lineart", "lineart_anime", "softedge", "canny"}
 _OPTIONS = (
     ("Learning rate", "optimizer.learning_rate"),
     ("Precision", "precision"),
-    ("Timesteps", "objective.timesteps"),
     ("Seed", "seed"),
 )
 _FIGURES = (
@@ -55,9 +54,10 @@ class Card:
     conditions: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     """Trained sizes in pixels, (width, height)."""
-    text_length: int
-    """T5 tokens."""
+    text_length: int | None
+    """Text tokens, where their number can be chosen."""
     guidance: float
+    """What pictures are painted with; of a distilled base, what was trained with, too."""
     control_mode: int | None
     """Of a union ControlNet, the mode that was trained."""
     step: int
@@ -74,6 +74,14 @@ class Card:
     """Paths below the card."""
     single_file: str | None
     """The file for programs that take one file; None where they cannot read this ControlNet."""
+    objective: Mapping[str, str] = field(default_factory=dict)
+    """What the objective says of itself: titles and values."""
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the pipeline's scheduler that training has changed."""
+    drawing_argument: str = "image"
+    """What the pipeline calls the drawing."""
+    distilled: bool = False
+    """Whether the base is told the guidance, instead of being called twice."""
     adapter: str = "controlnet"
     """What it is."""
     base_class: str = ""
@@ -139,27 +147,35 @@ def _code(card: Card) -> str:
     if card.adapter != "controlnet":
         return _plain_code(card, width, height)
     mode = "" if card.control_mode is None else f"control_mode={card.control_mode}, "
+    length = "" if card.text_length is None else f"\n    max_sequence_length={card.text_length},"
+    classes = [card.controlnet_class, card.pipeline_class, *(["DDIMScheduler"] if card.scheduler else [])]
     return f"""\
 import torch
-from diffusers import {card.controlnet_class}, {card.pipeline_class}
+from diffusers import {", ".join(sorted(classes))}
 from diffusers.utils import load_image
 
 controlnet = {card.controlnet_class}.from_pretrained("{REPO}", torch_dtype=torch.bfloat16)
 pipeline = {card.pipeline_class}.from_pretrained(
     "{card.base}", controlnet=controlnet, torch_dtype=torch.bfloat16
-).to("cuda")
+).to("cuda"){_rescheduled(card)}
 picture = pipeline(
     "what to paint",
-    control_image=load_image("drawing.png"),
+    {card.drawing_argument}=load_image("drawing.png"),
     width={width},
     height={height},
     {mode}controlnet_conditioning_scale=1.0,
     control_guidance_end=1.0,
     num_inference_steps=28,
-    guidance_scale={card.guidance:g},
-    max_sequence_length={card.text_length},
+    guidance_scale={card.guidance:g},{length}
 ).images[0]
 picture.save("picture.png")"""
+
+
+def _rescheduled(card: Card) -> str:
+    """The line that gives the pipeline the scheduler that it was trained for, where that is not its own."""
+    changed = ", ".join(f"{name}={value!r}" for name, value in card.scheduler.items())
+    line = f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {changed})"
+    return f"\n{line}" if changed else ""
 
 
 def _plain_code(card: Card, width: int, height: int) -> str:
@@ -201,8 +217,10 @@ def _table(card: Card) -> str:
     sizes = ", ".join(f"{width} x {height}" for width, height in card.sizes)
     rows = [("Steps", f"{card.step:,}"), ("Sizes (width x height, pixels)", sizes)]
     rows += [("Weights", "their average over training (EMA)")] if card.averaged else []
-    rows += [("T5 tokens", str(card.text_length)), ("Guidance while training", f"{card.guidance:g}")]
+    rows += [] if card.text_length is None else [("Text tokens", str(card.text_length))]
+    rows += [("Guidance while training", f"{card.guidance:g}")] if card.distilled else []
     rows += [(title, str(card.options[name])) for title, name in _OPTIONS if name in card.options]
+    rows += card.objective.items()
     return "\n".join(["| | |", "|---|---|", *(f"| {title} | {text} |" for title, text in rows)])
 
 

@@ -136,6 +136,8 @@ class Family(ABC):
     default_model: ClassVar[str]
     pipeline_class: ClassVar[str]
     """diffusers' pipeline that paints with a ControlNet."""
+    drawing_argument: ClassVar[str] = "image"
+    """What that pipeline calls the drawing."""
     controlnet_class: ClassVar[str]
     """diffusers' class of this family's ControlNets."""
     single_file_needs: ClassVar[str]

@@ -70,6 +70,7 @@ class Flux(Family):
     size_multiple = 16  # VAE 8x, then 2x2 latents to a token
     max_text_length = 512
     objective = "flow"
+    drawing_argument = "control_image"
     lora_targets = (  # as in diffusers' own DreamBooth training
         "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj",
         "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from shared import families
 from shared.errors import UserError
+from shared.model_folder import ModelFolder
 from tests.train import comfyui
 from tests.train.made_run import make_run
 from train import checkpoints
@@ -244,3 +245,44 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(tiny_model: Path, tm
     ):
         with pytest.raises(UserError, match=said):
             options.check()
+
+
+@pytest.mark.parametrize("changes", [{}, {"prediction": "v", "zero_terminal_snr": True}], ids=str)
+def test_the_card_of_a_controlnet_for_stable_diffusion_paints_with_its_pipeline_and_with_what_training_changed(
+    changes: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    sd15 = families.get("sd15")
+    model = sd15.tiny(tmp_path / "sd15")
+    run = make_run(tmp_path / "run", tiny_model, steps=(2,), family="sd15", text_length=77)
+    facts, trained = (path.read_text() for path in (run / "run.json", run / "config.yaml"))
+    (run / "run.json").write_text(json.dumps({**json.loads(facts), "model": {"name": str(model), "revision": None}}))
+    options = yaml.safe_load(trained)
+    options["objective"] |= changes
+    (run / "config.yaml").write_text(yaml.safe_dump(options))
+    weights = sd15.make_controlnet(ModelFolder(str(model), None, model), 0, 0, "copy", torch.float32)
+    checkpoints.save(run, 4, weights.save_pretrained, {}, {}, keep=0)  # type: ignore[arg-type]
+    out = export(ExportConfig(run=str(run), step=4))
+    card = (out / "README.md").read_text()
+    for absent in ("max_sequence_length", "Guidance while training", "Text tokens", "double"):
+        assert absent not in card
+    assert "| Timesteps | uniform |\n| " in card
+    assert ("| Prediction | v |" in card) == bool(changes)
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    for given, here in (
+        ("YOUR-NAME/YOUR-MODEL", str(out)), ('"sd15"', f'"{model}"'), ('"cuda"', '"cpu"'),
+        ("torch.bfloat16", "torch.float32"), ("num_inference_steps=28", "num_inference_steps=2"),
+    ):  # fmt: skip
+        assert given in code
+        code = code.replace(given, here)
+    Image.new("RGB", (64, 64)).save(tmp_path / "drawing.png")
+    code += f"""
+config = pipeline.scheduler.config
+assert config.prediction_type == {"v_prediction" if changes else "epsilon"!r}
+assert bool(config.rescale_betas_zero_snr) == {bool(changes)}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "picture.png").size == (64, 64)
