@@ -349,6 +349,7 @@ def test_sampling_from_a_run_asks_for_that_scheduler_but_not_without_control(
     assert sample(options) == 0
     asked = {order.scale: dict(order.scheduler) for order in orders}
     assert asked == {1.0: ddpm("epsilon", prediction="v", zero_terminal_snr=True).scheduler, 0.0: {}}
+    assert {order.guidance for order in orders} == {7.5}, "the family's own"
 
 
 # --- which objective a family has -----------------------------------------------------------------------------------
