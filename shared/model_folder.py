@@ -17,6 +17,9 @@ from shared.errors import UserError
 
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt")
 """What a component folder may hold that we load: never a pickle."""
+_VARIANTS = ("*.fp16.*", "*.fp16-*", "*.non_ema.*")
+"""The same weights again in another precision, or before they were averaged: Stable Diffusion's repositories have them
+beside the ones that diffusers loads."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ class ModelFolder:
             raise UserError(f"{path} is not JSON ({error}); download the model again") from error
 
     def weights(self, name: str) -> list[Path]:
-        """The safetensors files of a component. Raises `UserError` where there are none."""
+        """The safetensors files of a component; of several variants (`model.fp16.safetensors` beside
+        `model.safetensors`) the one without a name, as diffusers loads it. Raises `UserError` where there are none."""
         files = sorted(self.component(name).glob("*.safetensors"))
+        files = [file for file in files if "." not in file.stem] or files
         if not files:
             raise UserError(
                 f"model {self.name}: {self.path / name} holds no .safetensors file; weights in other formats "
@@ -75,7 +80,10 @@ class ModelFolder:
         if not folder.is_dir():
             raise UserError(f"model {self.name} has no folder '{name}'")
         running = hashlib.sha256()
+        plain = any("." not in file.stem for file in folder.glob("*.safetensors"))
         for file in sorted(folder.iterdir()):
+            if plain and any(file.match(pattern) for pattern in _VARIANTS):
+                continue  # not what is computed with
             if any(file.match(pattern) for pattern in _PATTERNS):
                 content = self._settings_sha256(name) if file.name == "config.json" else (digest or file_sha256)(file)
                 running.update(f"{file.name}\0{content}\n".encode())
@@ -160,7 +168,12 @@ def resolve(
 
     patterns = [*extra, *(f"{part}/{pattern}" for part in components for pattern in _PATTERNS)]
     try:
-        local = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_only))
+        local = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=list(_VARIANTS),
+                local_files_only=local_only,
+            )
+        )  # fmt: skip
     except GatedRepoError as error:
         raise UserError(
             f"model {name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"

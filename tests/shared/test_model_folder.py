@@ -57,6 +57,18 @@ def test_tensors_come_sorted_by_file_and_name_and_may_be_chosen_by_prefix(model:
     assert [name for name, _ in model.tensors("transformer")] == ["block.1", "block.2"]
 
 
+def test_of_several_variants_of_the_weights_the_one_without_a_name_is_the_model(model: ModelFolder) -> None:
+    before = model.sha256("vae"), model.weights("vae"), list(model.tensors("vae"))
+    for variant in ("fp16", "non_ema"):
+        save_file({"encoder.b": torch.zeros(3)}, model.path / "vae" / f"diffusion_pytorch_model.{variant}.safetensors")
+    after = model.sha256("vae"), model.weights("vae"), list(model.tensors("vae"))
+    assert after[:2] == before[:2]
+    assert [name for name, _ in after[2]] == ["decoder.a", "encoder.b"]
+    (model.path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert len(model.weights("vae")) == 2
+    assert model.sha256("vae") != before[0]
+
+
 # Identity
 
 
