@@ -25,13 +25,3 @@ def get(name: str) -> Family:
     if name not in names():
         raise UserError(f"unknown model family '{name}': {nearest(name, names())}")
     return importlib.import_module(f"{__name__}.{name}").FAMILY
-
-
-def of_model(class_name: str) -> Family:
-    """The family whose base model has this class name in its config."""
-    for name in names():
-        family = get(name)
-        if family.base_class == class_name:
-            return family
-    known = ", ".join(get(name).base_class for name in names())
-    raise UserError(f"no model family here trains a {class_name}; there is: {known}")

@@ -36,8 +36,9 @@ class LayerKind:
     """`latents`; for a layer made from the condition, the condition's name comes before it: `lineart_latents`."""
     reads: Literal["image", "condition", "caption"]
     components: tuple[str, ...]
-    """Folders of the model whose content decides the bytes. The first holds the encoder's weights. None: the family
-    takes the condition's drawings as they are, in pixels, and has no say in them (`fields` as in `parts.pixels`)."""
+    """Folders of the model whose content decides the bytes. The first holds the encoder's weights. None: no encoder has
+    a say in it, and the preprocessing stage makes it: `parts.pixels` of a condition's drawings, `parts.sizes` of
+    images."""
     fields: tuple[Field, ...]
     """What the encoder gives; of a posterior, its moments."""
     shard_rows: int

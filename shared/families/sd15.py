@@ -7,22 +7,18 @@ configuration alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
 
 from shared.cache.schema import Field
-from shared.errors import UserError
-from shared.families.base import Batch, Encode, Inputs, LayerKind, Paint, Posterior
+from shared.families.base import Batch, Encode, Inputs, LayerKind, Paint
 from shared.families.parts import clip
-from shared.families.parts.component import count_tokens
 from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.families.parts.latent_diffusion import LatentDiffusion
 from shared.model_folder import ModelFolder
-
-_LENGTH = 77
 
 
 @final
@@ -38,7 +34,6 @@ class StableDiffusion15(LatentDiffusion):
         "stabilityai/stable-diffusion-2-1": {"license": "openrail++"},
     }
     size_multiple = 64  # VAE 8x, then halved three times
-    min_text_length = max_text_length = _LENGTH
     guidance_scale = 7.5
     unet: ClassVar[Mapping[str, Any]] = {
         "_class_name": "UNet2DConditionModel", "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280),
@@ -53,29 +48,8 @@ class StableDiffusion15(LatentDiffusion):
         ), shard_rows=1024),
     )  # fmt: skip
 
-    def check_encoders(self, model: ModelFolder) -> None:
-        self.check_vae(model)
-        if (found := model.config("text_encoder").get("model_type")) != "clip_text_model":
-            raise UserError(f"text_encoder of model {model.name} is a '{found}', where SD 1.5 has 'clip_text_model'")
-        model.tensor_names("text_encoder")
-        if (length := clip.tokenizer(model).model_max_length) != _LENGTH:
-            raise UserError(f"model {model.name}: its tokenizer's length is {length}, where CLIP has {_LENGTH} tokens")
-
     def open_text_encoder(self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
         return clip.open_tokens(model, device, dtype)
-
-    def row_bytes(
-        self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int,
-        posterior: Posterior = "moments",
-    ) -> int:  # fmt: skip
-        if layer.name == "clip":
-            numbers = text_length * model.config("text_encoder")["hidden_size"]
-        else:
-            numbers = len(self.fields(layer, posterior)) * 4 * pixels // 64
-        return numbers * dtype.itemsize + 1024  # two tar blocks: the member's header, and the tensors' own
-
-    def count_tokens(self, model: ModelFolder, captions: Sequence[str]) -> list[int]:
-        return count_tokens(clip.tokenizer(model), list(captions))
 
     def text_facts(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int, str]]:
         return {"clip.prompt_embeds": (1, config["cross_attention_dim"], "features of the CLIP embeddings")}
@@ -84,11 +58,8 @@ class StableDiffusion15(LatentDiffusion):
         self, height: int, width: int, text_length: int, model: ModelFolder | None = None
     ) -> dict[str, tuple[int, ...]]:
         config = self.base_config(model)
-        latents = (config["in_channels"], height // 8, width // 8)
         return {
-            "latents.mean": latents,
-            "latents.std": latents,
-            "condition_pixels.pixels": (3, height, width),
+            **self.image_shapes(height, width, config),
             "clip.prompt_embeds": (text_length, config["cross_attention_dim"]),
         }
 
@@ -110,17 +81,13 @@ class StableDiffusion15(LatentDiffusion):
         return self.paint_with(pipeline, device)
 
     def tiny(self, folder: Path, seed: int = 0) -> Path:
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
         words = clip.tiny_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             StableDiffusionPipeline(
-                vae=AutoencoderKL(
-                    latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
-                    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                    scaling_factor=0.18215,
-                ),
+                vae=self.tiny_vae(0.18215),
                 text_encoder=clip.tiny_encoder(words),
                 tokenizer=words,
                 unet=UNet2DConditionModel(
@@ -129,10 +96,7 @@ class StableDiffusion15(LatentDiffusion):
                     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
                 ),
-                scheduler=DDIMScheduler(
-                    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                    set_alpha_to_one=False, steps_offset=1,
-                ),
+                scheduler=self.tiny_scheduler(),
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False,
             ).save_pretrained(folder)  # fmt: skip
         return folder

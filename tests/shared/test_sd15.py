@@ -412,8 +412,8 @@ def with_a_longer_text(model: Path) -> None:
     ("spoil", "sentence"),
     [
         (with_another_vae, "is not Stable Diffusion's: it has 16 latent channels"),
-        (with_another_text_encoder, "is a 't5', where SD 1.5 has 'clip_text_model'"),
-        (with_a_longer_text, "tokenizer's length is 128, where CLIP has 77"),
+        (with_another_text_encoder, "is a 't5', where sd15 has 'clip_text_model'"),
+        (with_a_longer_text, "length of its tokenizer is 128, where CLIP has 77"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

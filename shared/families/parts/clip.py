@@ -5,11 +5,12 @@ B captions, L tokens with padding (77 by CLIP's nature), D features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from shared.families.base import Encode
+from shared.families.base import Encode, Tensors
 from shared.families.parts.component import loaded
 from shared.families.parts.component import tokenizer as load_tokenizer
 from shared.model_folder import ModelFolder
@@ -34,18 +35,43 @@ def open_tokens(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
     return lambda captions: {"prompt_embeds": encode(captions).last_hidden_state.to(dtype).cpu()}
 
 
-def _open(model: ModelFolder, device: str, dtype: torch.dtype) -> Any:
-    from transformers import CLIPTextModel
+def open_inner_tokens(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+    """Captions -> "prompt_embeds" (B, L, D): the output of the last layer but one, not normalised (SDXL)."""
+    encode = _open(model, device, dtype, inner=True)
+    return lambda captions: {"prompt_embeds": encode(captions).hidden_states[-2].to(dtype).cpu()}
 
-    words = tokenizer(model)
-    encoder = loaded(CLIPTextModel, model, "text_encoder", dtype).to(device)
+
+def open_second(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+    """The same of a model's second encoder, with "pooled_prompt_embeds" (B, P), projected, of the whole (SDXL)."""
+    encode = _open(model, device, dtype, second=True, inner=True)
+
+    def both(captions: list[str]) -> Tensors:
+        found = encode(captions)
+        return {
+            "prompt_embeds": found.hidden_states[-2].to(dtype).cpu(),
+            "pooled_prompt_embeds": found.text_embeds.to(dtype).cpu(),
+        }
+
+    return both
+
+
+def _open(
+    model: ModelFolder, device: str, dtype: torch.dtype, *, second: bool = False, inner: bool = False
+) -> Callable[[list[str]], Any]:
+    """`inner`: every layer's output comes out."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    part = "_2" if second else ""
+    words = tokenizer(model, f"tokenizer{part}", f"text_encoder{part}")
+    kind = CLIPTextModelWithProjection if second else CLIPTextModel
+    encoder = loaded(kind, model, f"text_encoder{part}", dtype).to(device)
 
     @torch.no_grad()
     def encode(captions: list[str]) -> Any:
         ids = words(
             captions, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
         ).input_ids
-        return encoder(ids.to(device))
+        return encoder(ids.to(device), output_hidden_states=inner)
 
     return encode
 
@@ -61,13 +87,15 @@ def tiny_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def tiny_encoder(words: Any) -> Any:
-    """An encoder of 24 features with random weights for this tokenizer, for tests."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def tiny_encoder(words: Any, *, num_layers: int = 1, projected: bool = False) -> Any:
+    """An encoder of 24 features with random weights for this tokenizer, for tests. `projected`: as a second one is."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModel(
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return kind(
         CLIPTextConfig(
-            vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=num_layers,
+            num_attention_heads=2,
             projection_dim=24, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
             pad_token_id=words.pad_token_id,
         )

@@ -22,8 +22,8 @@ from PIL import Image
 from shared.cache.schema import Field
 from shared.errors import UserError
 from shared.families.base import Batch, Decode, Encode, Family, Inputs, LayerKind, Order, Paint, Posterior, Tensors
-from shared.families.parts import autoencoder, pixels
-from shared.families.parts.component import check_shapes, loaded
+from shared.families.parts import autoencoder, clip, pixels
+from shared.families.parts.component import check_shapes, count_tokens, loaded
 from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.model_folder import ModelFolder
 
@@ -51,6 +51,7 @@ class LatentDiffusion(Family):
     single_file_needs = "controlnet_cond_embedding.conv_in.weight"  # ComfyUI: comfy/controlnet.py, load_controlnet
     objective = "ddpm"
     has_depths = False
+    min_text_length = max_text_length = 77  # CLIP's positions, all of them, padding too
     unet: ClassVar[Mapping[str, Any]]
     """`unet/config.json` of `default_model`: what is planned and measured where the model is not."""
     image_layers: ClassVar[tuple[LayerKind, ...]] = (*autoencoder.layers(channels=4, condition=False), pixels.LAYER)
@@ -73,8 +74,7 @@ class LatentDiffusion(Family):
 
     # Stage 1
 
-    def check_vae(self, model: ModelFolder) -> None:
-        """Refuse (`UserError`) a model whose VAE is not that of latent diffusion."""
+    def check_encoders(self, model: ModelFolder) -> None:
         vae = model.config("vae")
         if vae.get("latent_channels") != 4 or vae.get("scaling_factor") is None or vae.get("shift_factor"):
             raise UserError(
@@ -83,6 +83,18 @@ class LatentDiffusion(Family):
                 "where Stable Diffusion has 4, a factor as 0.18215, and no shift"
             )
         model.tensor_names("vae")
+        for encoder, tokenizer in (kind.components for kind in self.layers if kind.reads == "caption"):
+            if (found := model.config(encoder).get("model_type")) != "clip_text_model":
+                raise UserError(
+                    f"{encoder} of model {model.name} is a '{found}', where {self.name} has 'clip_text_model'"
+                )
+            model.tensor_names(encoder)
+            length = clip.tokenizer(model, tokenizer, encoder).model_max_length
+            if length != self.max_text_length:
+                raise UserError(
+                    f"model {model.name}: the length of its {tokenizer} is {length}, where CLIP has "
+                    f"{self.max_text_length} tokens"
+                )
 
     def fields(self, layer: LayerKind, posterior: Posterior) -> tuple[Field, ...]:
         return autoencoder.fields(layer, posterior) if layer.name == "latents" else layer.fields
@@ -110,6 +122,22 @@ class LatentDiffusion(Family):
 
     def keep(self, layer: LayerKind, tensors: Tensors, posterior: Posterior, seed: str) -> Tensors:
         return autoencoder.keep(tensors, posterior, seed) if layer.name == "latents" else tensors
+
+    def row_bytes(
+        self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int,
+        posterior: Posterior = "moments",
+    ) -> int:  # fmt: skip
+        if layer.name == "latents":
+            numbers = len(self.fields(layer, posterior)) * 4 * pixels // 64
+        else:
+            config = model.config(layer.components[0])
+            of_field = {"prompt_embeds": text_length * config["hidden_size"]}
+            numbers = sum(of_field.get(field.name, config["projection_dim"]) for field in layer.fields)
+        return numbers * dtype.itemsize + 1024  # two tar blocks: the member's header, and the tensors' own
+
+    def count_tokens(self, model: ModelFolder, captions: Sequence[str]) -> list[int]:
+        """By the first tokenizer: where there is a second, it has the same vocabulary."""
+        return count_tokens(clip.tokenizer(model), list(captions))
 
     def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
         return sum(num_tokens > text_length for num_tokens in self.count_tokens(model, captions))
@@ -170,6 +198,11 @@ class LatentDiffusion(Family):
         num_heads = heads if isinstance(heads, int) else heads[level]
         num_tokens = (height // 8 // 2**level) * (width // 8 // 2**level)
         return num_heads, num_tokens, config["block_out_channels"][level] // num_heads
+
+    def image_shapes(self, height: int, width: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """`sample_shapes` of what is made of the image and the condition, for a base of this configuration."""
+        latents = (config["in_channels"], height // 8, width // 8)
+        return {"latents.mean": latents, "latents.std": latents, "condition_pixels.pixels": (3, height, width)}
 
     def noise_schedule(self, model: ModelFolder | None = None) -> torch.Tensor:
         try:
@@ -320,6 +353,24 @@ class LatentDiffusion(Family):
             **self.conditioning(inputs),
         )
         return list(down), [middle]
+
+    # For tests
+
+    def tiny_vae(self, scale: float) -> Any:
+        """The VAE of a `tiny` pipeline."""
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            scaling_factor=scale,
+        )  # fmt: skip
+
+    def tiny_scheduler(self) -> Any:
+        """The scheduler of a `tiny` pipeline: one that draws nothing on the way."""
+        return _ddim(SCHEDULER)
+
+    # Inference
 
     def paint_with(self, pipeline: Any, device: str) -> Paint:
         """`open_painter` from the pipeline, which is loaded. Where training has changed the scheduler, DDIM paints:
