@@ -112,10 +112,11 @@ def decide(
         budget = free_bytes
     if budget is not None:
         budget -= beside_bytes
-    frozen = adapters.get(setting.adapter).keeps_base
+    adapter = adapters.get(setting.adapter)
+    frozen = adapter.keeps_base
     hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda" and frozen)
     hoist = hoist and bool(families.get(setting.family).pooled)  # else the base has no modulation to compute ahead
-    shard = frozen and _may_shard(memory, setting, cards)
+    shard = adapter.spreads_base and _may_shard(memory, setting, cards)
     setting = replace(setting, hoist=hoist, stream=memory.stream == "yes", shard=memory.shard == "yes")
     setting = replace(setting, num_processes=num_processes, cards=cards)
     given = parse_recompute(memory.recompute)

@@ -173,7 +173,8 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if not setting.hoist and frozen:
         kept = replace(kept, hoist=True)
         yield "--memory.hoist yes", kept
-    if setting.cards > 1 and frozen and not setting.shard and not setting.stream and setting.base != "quanto":
+    spreads = adapters.get(setting.adapter).spreads_base and setting.cards > 1
+    if spreads and not setting.shard and not setting.stream and setting.base != "quanto":
         yield "--memory.shard yes", replace(kept, shard=True)
     for batch_size in range(setting.batch_size - 1, 0, -1):
         if setting.batch_size % batch_size == 0 and not setting.optimizer.release:

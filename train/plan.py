@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shared.config import load
 from shared.errors import UserError, run_command_line
+from train import adapters
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def subject_of(options: PlanConfig) -> Subject:
 
         cache = Cache(options.cache, options.remote)
         family = families.get(cache.family)
-        samples = CachedSamples(cache, family, options.condition or (cache.manifest["condition"],), "train")
+        conditions = options.condition or (cache.manifest["condition"],)
+        if not adapters.get(options.adapter).conditioned:
+            conditions = ()
+        samples = CachedSamples(cache, family, conditions, "train")
         width, height = max(samples.sizes, key=lambda size: size[0] * size[1])
         lengths = [recipe["text_length"] for recipe in samples.recipes.values() if "text_length" in recipe]
         text_length = options.text_length or next(iter(lengths), 512)
@@ -154,14 +158,13 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
     import torch
 
     from train import fit
-    from train.adapters.controlnet import parse_depth
     from train.budget import parse_budget
     from train.memory_plan import count
     from train.roofline import GPUS, predict
 
     gpu, memory, loader = GPUS[options.gpu], options.memory, options.loader
     budget = parse_budget(gpu.memory if memory.budget == "auto" else memory.budget)
-    setting = _setting(options, subject, parse_depth(depth))
+    setting = _setting(replace(options, depth=depth), subject)
     options.optimizer.check_release(loader.accumulation, num_processes=options.cards)
     refusal = None
     try:
@@ -177,7 +180,7 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
         refusal = str(error)
         setting = replace(
             setting,
-            hoist=memory.hoist != "no",
+            hoist=memory.hoist != "no" and adapters.get(options.adapter).keeps_base,
             stream=memory.stream == "yes",
             accumulation=-(-loader.global_batch // options.cards) if loader.global_batch else setting.accumulation,
             num_processes=options.cards,
@@ -191,21 +194,16 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
     return Plan(depth, counted, budget, prediction, refusal)
 
 
-def _setting(options: PlanConfig, subject: Subject, depth: tuple[int, int]) -> Setting:
+def _setting(options: PlanConfig, subject: Subject) -> Setting:
     import torch
 
     from train.counting import Setting
 
-    deepest = subject.family.max_depth(subject.model)
-    if any(wanted > there for wanted, there in zip(depth, deepest, strict=True)):
-        raise UserError(
-            f"DEPTH {depth[0]}-{depth[1]} is deeper than the base: {subject.model_name} has {deepest[0]}-{deepest[1]} "
-            "blocks to start from"
-        )
+    adapter = adapters.get(options.adapter)
+    adapter.refuse(options, subject.family, subject.model)
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
-    weights = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[options.controlnet.weights]
     return Setting(
-        depth=depth,
+        depth=adapter.depth(options, subject.family, None),
         height=subject.height,
         width=subject.width,
         text_length=subject.text_length,
@@ -215,9 +213,11 @@ def _setting(options: PlanConfig, subject: Subject, depth: tuple[int, int]) -> S
         model=subject.model,
         base=options.base.weights,
         dtype=dtype,
-        weights=weights,
+        weights=adapter.precision(options, dtype),
         optimizer=options.optimizer,
         averaged=options.ema.on_device,
+        adapter=options.adapter,
+        lora=options.lora,
     )
 
 
@@ -232,6 +232,8 @@ def report(options: PlanConfig, subject: Subject, planned: Plan) -> str:
 
     counted, prediction, gpu = planned.counted, planned.prediction, GPUS[options.gpu]
     setting = counted.setting
+    title = adapters.get(setting.adapter).title if adapters.get(setting.adapter).keeps_base else "trained"
+    depth = f", DEPTH {planned.depth}" if any(setting.depth) else ""
     hoisted = ", its modulation computed ahead and not on the device" if setting.hoist else ""
     streamed = ", its blocks streamed from the host" if setting.stream else ""
     streamed += f", its blocks spread over {setting.cards} cards" if setting.shard else ""
@@ -239,7 +241,7 @@ def report(options: PlanConfig, subject: Subject, planned: Plan) -> str:
         _heading(options, subject, planned),
         "",
         f"base        {counted.num_base_parameters / 1e9:6.3f} B parameters, held as {setting.base}{hoisted}{streamed}",
-        f"ControlNet  {counted.num_trained / 1e9:6.3f} B parameters, DEPTH {planned.depth}",
+        f"{title:10}  {counted.num_trained / 1e9:6.3f} B parameters{depth}",
         "",
         table(
             (f"memory at the peak: {counted.when}", "GiB"),
@@ -382,6 +384,8 @@ def main() -> int:
 
     quiet_libraries()
     subject = subject_of(options)
+    if not adapters.get(options.adapter).conditioned:
+        options = replace(options, depth=TrainConfig.depth)  # of which nothing is read
     if options.depth != ALL:
         print(report(options, subject, plan(options, subject, options.depth)))
         return 0

@@ -10,7 +10,7 @@ runs/NAME/
   baseline/        see train/baseline.py
   tensorboard/
   checkpoints/     see train/checkpoints.py
-  controlnet       link to the newest checkpoint's ControlNet
+  controlnet       link to the newest checkpoint's ControlNet; lora, or transformer (a whole base)
 """
 
 from __future__ import annotations

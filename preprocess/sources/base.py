@@ -37,6 +37,8 @@ class SourceOptions:
     missing_caption: Literal["report", "empty"] = "report"
     """What becomes of an image without a caption: `report` leaves it out and names it in the report; `empty` keeps it
     with the empty caption. Touch it for images that were never meant to have captions."""
+    caption: str | None = None
+    """The caption of every image that comes without one, as the prompt of a LoRA's subject: "a photo of sks dog"."""
     image_column: str | None = None
     """The column (of Parquet, Arrow or metadata) or the tar member's ending (`jpg`, `target.png`) that holds the image.
     Default: a customary name. Touch it where there are several."""
@@ -52,6 +54,8 @@ class SourceOptions:
 
     def check(self) -> None:
         """Refuse impossible values. The kind is looked up when the source is opened."""
+        if self.caption is not None and not self.caption.strip():
+            raise UserError("source.caption is blank; leave it out, or set source.missing_caption empty")
         for name in ("image_column", "caption_column", "conditioning_column", "metadata"):
             if getattr(self, name) == "":
                 raise UserError(f"source.{name} is empty; leave it out to have it chosen")
@@ -65,7 +69,8 @@ class Record:
     """Unique, and the same in every run: `dogs/a.png`, `00012.tar/000123.jpg`, `train-00000.parquet/00000017`."""
     image: Blob
     captions: tuple[str, ...]
-    """Stripped and never blank, save for the one empty caption of `missing_caption="empty"`."""
+    """Stripped and never blank, save for the one empty caption of `missing_caption="empty"`. Of an image without any,
+    `source.caption` where that is given."""
     weights: tuple[float, ...]
     """How often each caption is drawn, beside the others of this sample; as many as there are captions."""
     conditioning_name: str | None
@@ -159,6 +164,8 @@ def or_missing(
     """The captions, the weights and the error of a sample, after `missing_caption` has had its say."""
     if captions[0]:
         return *captions, None
+    if options.caption is not None:
+        return (options.caption.strip(),), (1.0,), None
     if options.missing_caption == "empty":
         return ("",), (1.0,), None
     return (), (), f"no caption: {why_none}"

@@ -94,6 +94,18 @@ def test_missing_captions_can_be_empty_ones(tmp_path: Path) -> None:
     assert (record.captions, record.error) == (("",), None)
 
 
+def test_missing_captions_can_be_one_prompt_and_those_that_are_there_stay(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "b.txt").write_text("a dog asleep")
+    found = records(tmp_path, SourceOptions(caption=" a photo of sks dog "))
+    assert [(found[name].captions, found[name].error) for name in ("a.png", "b.png")] == [
+        (("a photo of sks dog",), None),
+        (("a dog asleep",), None),
+    ]
+    with pytest.raises(UserError, match=r"source\.caption is blank"):
+        SourceOptions(caption=" ").check()
+
+
 def test_no_caption_at_all_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.png")
     assert "none of the 2 images" in refusal(tmp_path)

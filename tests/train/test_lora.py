@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH
 from tests.train.conftest import content, flux, losses, metrics, samples_of, train_options
 from tests.train.test_controlnet import CPU, Reference
-from train import checkpoints
+from tests.train.test_distributed import World, exit_codes, started
+from train import adapters, checkpoints
 from train.adapters.lora import WEIGHTS, LoraAdapter, LoraOptions, chosen
+from train.budget import MemoryOptions
 from train.config import TrainConfig
 from train.counting import Setting
 from train.export import ExportConfig, export
+from train.fit import decide
+from train.loader import LoaderOptions
 from train.memory_plan import count
 from train.preparation import ground_of
 from train.quantize import place_base
@@ -294,6 +299,16 @@ def test_a_checkpoint_links_its_weights_by_their_name(runs: Path) -> None:
     assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in names
 
 
+def test_a_base_spread_over_cards_is_refused_and_never_chosen(tiny_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"memory\.shard yes: .*the two would wait for each other"):
+        ground_of(lora_options(tiny_cache, tmp_path, memory={"shard": "yes"}))
+    setting = Setting(depth=(0, 0), height=512, width=512, text_length=512, adapter="lora")
+    tight = MemoryOptions(budget="12GiB")
+    fitted = decide(tight, LoaderOptions(), setting, device=torch.device("cuda"), free_bytes=12 << 30, cards=8)
+    assert not fitted.shard
+    assert fitted.recompute.base_blocks > 0
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -355,3 +370,32 @@ def test_a_run_s_lora_paints_words_alone(runs: Path, tmp_path: Path) -> None:
     assert picture.shape == (64, 64, 3)
     with pytest.raises(UserError, match="which sees no drawing: give PROMPT alone"):
         sample(SampleConfig(image=("a.png",), prompt=("a box",), **given))
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_several_processes_train_as_one_does_with_as_much_more_accumulation(
+    adapter: str, processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
+) -> None:
+    def options(name: str, accumulation: int) -> TrainConfig:
+        # SGD-like: an epsilon far above the gradients, so that rounding is not blown up to the size of a step.
+        return train_options(
+            tiny_cache, tmp_path, name=name, adapter=adapter, steps=4, validation=LOOKS,
+            base={"weights": "none" if adapter == "full" else "int8"},
+            loader={"batch_size": 2, "accumulation": accumulation},
+            optimizer={"kind": "adamw", "epsilon": 1.0, "learning_rate": 0.1},
+        )  # fmt: skip
+
+    assert train(options("one", 2)) == 0
+    world = World(tmp_path / "ranks")
+    assert exit_codes(started(processes, options("several", 1), world), world) == [0, 0]
+    assert losses(tmp_path / "several") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert len(set(losses(tmp_path / "several"))) == 4
+    kind = adapters.get(adapter)
+    expected = load_file(tmp_path / "one" / kind.folder / kind.weights_file)
+    for folder in (tmp_path / "several" / kind.folder, tmp_path / "ranks" / "rank-0", tmp_path / "ranks" / "rank-1"):
+        actual = load_file(folder / kind.weights_file)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)

@@ -58,7 +58,9 @@ class Adapter(ABC):
     """Whether it reads the condition: what is cached of it is left alone otherwise."""
     keeps_base: ClassVar[bool] = True
     """Whether the base stays what it was, so that what it does without the adapter can be told at any time; and its
-    modulation can be computed ahead, its blocks streamed or spread over cards, its weights quantized."""
+    modulation can be computed ahead, its blocks streamed, its weights quantized."""
+    spreads_base: ClassVar[bool] = False
+    """Whether the base's blocks may be spread over cards."""
     shares_base: ClassVar[bool] = False
     """Whether several can train side by side on one base."""
 
@@ -87,8 +89,9 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder) -> None:
-        """Refuse (`UserError`) what the adapter cannot be trained with. Reads configuration files only."""
+    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder | None) -> None:
+        """Refuse (`UserError`) what the adapter cannot be trained with. Reads configuration files only. Without a
+        `model`: on `default_model`, which then need not be on this machine."""
 
     @classmethod
     @abstractmethod

@@ -65,6 +65,7 @@ class ControlNetAdapter(Adapter):
     weights_file: ClassVar[str] = WEIGHTS
     title: ClassVar[str] = "ControlNet"
     conditioned: ClassVar[bool] = True
+    spreads_base: ClassVar[bool] = True
     shares_base: ClassVar[bool] = True
 
     def __init__(
@@ -83,16 +84,17 @@ class ControlNetAdapter(Adapter):
         return options.controlnet.guidance
 
     @classmethod
-    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder) -> None:
+    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder | None) -> None:
         depth, deepest = parse_depth(options.depth), family.max_depth(model)
         if (
             family.has_depths
             and options.controlnet.start_from is None
             and (depth[0] > deepest[0] or depth[1] > deepest[1])
         ):
+            name = family.default_model if model is None else model.name
             raise UserError(
-                f"DEPTH {options.depth} is deeper than the base: {model.name} has "
-                f"{deepest[0]}-{deepest[1]} blocks to start from"
+                f"DEPTH {options.depth} is deeper than the base: {name} has {deepest[0]}-{deepest[1]} blocks to start "
+                "from"
             )
 
     @classmethod

@@ -67,7 +67,7 @@ class FullAdapter(Adapter):
         return options.full.guidance
 
     @classmethod
-    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder) -> None:
+    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder | None) -> None:
         if options.base.weights != "none":
             raise UserError(
                 f"adapter full trains the base's own weights, and base.weights {options.base.weights} holds them in "

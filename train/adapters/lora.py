@@ -198,8 +198,14 @@ class LoraAdapter(Adapter):
         return options.lora.guidance
 
     @classmethod
-    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder) -> None:
+    def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder | None) -> None:
         chosen(family.make_base(model), options.lora.targets or family.lora_targets)
+        if options.memory.shard == "yes":
+            raise UserError(
+                "memory.shard yes: a base that is spread over cards brings its blocks together while the LoRA's "
+                "gradients are averaged, and the two would wait for each other; leave it out (memory.stream yes keeps "
+                "the blocks on the host)"
+            )
         if options.base.weights == "quanto":
             raise UserError(
                 "adapter lora is trained on the int8 base as it is kept here, or on an unquantized one: set "
