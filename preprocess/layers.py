@@ -5,6 +5,7 @@ Nothing here knows what is in a cache already. Making the list is cheap; a recip
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
-from preprocess import conditions, encode
+from preprocess import conditions, encode, geometry
 from preprocess.config import PreprocessConfig
 from preprocess.encode import Producer
+from preprocess.units import PlacedImage
 from shared import families
 from shared.cache import schema
 from shared.cache.schema import Field, Reads
@@ -42,7 +44,11 @@ class Layers:
         self.dtype = _DTYPES[options.precision]
         self.text_length = options.text_length or self.family.max_text_length
         kinds = self.family.layers
-        images = [EncodedLayer(self, kind, kind.name, "image") for kind in kinds if kind.reads == "image"]
+        images: list[PlannedLayer] = [
+            EncodedLayer(self, kind, kind.name, "image") if kind.components else SizesLayer(self, kind)
+            for kind in kinds
+            if kind.reads == "image"
+        ]
         captions = [EncodedLayer(self, kind, kind.name, "caption") for kind in kinds if kind.reads == "caption"]
         of_conditions: list[PlannedLayer] = []
         for name in options.condition:
@@ -239,6 +245,45 @@ class PixelsLayer(PlannedLayer):
     @contextmanager
     def open(self, device: str) -> Iterator[Producer]:
         yield encode.pixels_producer(self._kind.fields[0].name, self.drawn.condition.channels)
+
+
+class SizesLayer(PlannedLayer):
+    """What a sample's placement tells of it. Its row is a few numbers, and depends on no pixel."""
+
+    def __init__(self, layers: Layers, kind: LayerKind) -> None:
+        super().__init__(layers, kind.name, "image")
+        self._kind = kind
+
+    @cached_property
+    def recipe(self) -> Mapping[str, Any]:
+        return _recipe(self.name, {"of": "placement"})
+
+    @property
+    def fields(self) -> Sequence[Field]:
+        return self._kind.fields
+
+    @property
+    def shard_rows(self) -> int:
+        return self._options.encode.shard_rows or self._kind.shard_rows
+
+    def row_bytes(self, pixels: int) -> int:
+        return 1024  # two tar blocks
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Producer]:
+        yield Producer(lambda pixels: pixels, self._row)
+
+    def _row(self, item: encode.Item, pixels: Any) -> encode.Row:
+        assert isinstance(item, PlacedImage)
+        sample = item.sample
+        assert sample.placement is not None
+        placement = geometry.Placement(**json.loads(sample.placement))
+        left = placement.crop_left
+        if placement.flip:  # the mirror's left
+            left = placement.resize_width - placement.bucket_width - left
+        of_image, of_crop = (sample.height, sample.width), (placement.bucket_height, placement.bucket_width)
+        numbers = torch.tensor([*of_image, placement.crop_top, left, *of_crop], dtype=torch.float32)
+        return encode.tensors_row(item, {self._kind.fields[0].name: numbers})
 
 
 class DrawnLayer(PlannedLayer):
