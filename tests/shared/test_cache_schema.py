@@ -620,6 +620,20 @@ def test_the_fields_of_flux_are_the_family_s_and_those_of_a_real_cache(tiny_cach
             assert row[2] == "bfloat16", "the default precision"
 
 
+@pytest.mark.parametrize(("family", "title"), [("sd15", "SD 1.5's layers"), ("sdxl", "SDXL's layers")])
+def test_the_fields_of_stable_diffusion_are_the_families(family: str, title: str) -> None:
+    from shared import families
+
+    def stated(dtype: str) -> str:
+        return "bfloat16" if dtype == "as encoded" else dtype
+
+    assert [[row[i] for i in (0, 1, 2, 3, 5)] for row in table(title)] == [
+        [kind.name.replace("condition", "CONDITION"), field.name, stated(field.dtype), field.shape, field.meaning]
+        for kind in families.get(family).layers
+        for field in kind.fields
+    ]
+
+
 def test_the_tensors_of_flux_have_the_shapes_dtypes_and_ranges_that_are_stated(tiny_cache: Path) -> None:
     cache = Cache(tiny_cache)
     for sample_ in cache.samples.values():

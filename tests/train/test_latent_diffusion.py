@@ -197,6 +197,11 @@ def test_training_goes_on_from_an_existing_controlnet(cache: Path, tmp_path: Pat
     assert controlnet_bytes(tmp_path / "on") != controlnet_bytes(tmp_path / "run")
 
 
+def test_a_depth_that_no_controlnet_has_is_refused(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"DEPTH 4-4: .* is the first half of its base, at no other depth"):
+        train(train_options(cache, tmp_path, depth="4-4"))
+
+
 def test_pictures_are_led_away_from_the_empty_caption(cache: Path, tmp_path: Path, stack: ExitStack) -> None:
     """Painted as here, by hand; and the times at which the base is asked are the scheduler's."""
     made = moved(trainer(stack, cache, tmp_path, validation={"every": 1, "picture_steps": 3}))

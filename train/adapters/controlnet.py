@@ -85,6 +85,11 @@ class ControlNetAdapter(Adapter):
 
     @classmethod
     def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder | None) -> None:
+        if not family.has_depths and options.depth != type(options).depth:
+            raise UserError(
+                f"DEPTH {options.depth}: a ControlNet of {family.name} is the first half of its base, at no other "
+                "depth; leave DEPTH out"
+            )
         depth, deepest = parse_depth(options.depth), family.max_depth(model)
         if (
             family.has_depths
