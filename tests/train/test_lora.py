@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,11 +22,13 @@ from shared.families.base import Batch
 from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH
 from tests.train.conftest import content, flux, losses, metrics, samples_of, train_options
+from tests.train.test_compile import Counting, inputs_of
 from tests.train.test_controlnet import CPU, Reference
 from tests.train.test_distributed import World, exit_codes, started
 from train import adapters, checkpoints
 from train.adapters.lora import WEIGHTS, LoraAdapter, LoraOptions, chosen
 from train.budget import MemoryOptions
+from train.compile import compile_blocks
 from train.config import TrainConfig
 from train.counting import Setting
 from train.export import ExportConfig, export
@@ -399,3 +401,33 @@ def test_several_processes_train_as_one_does_with_as_much_more_accumulation(
         actual = load_file(folder / kind.weights_file)
         for name, tensor in expected.items():
             torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["as it is", "int8"])
+def test_compiled_blocks_compute_what_they_computed_and_a_kind_is_compiled_once_for_all_its_blocks(
+    int8: bool, tiny_model: Path
+) -> None:
+    deep = {**resolve(str(tiny_model), ()).config("transformer"), "num_layers": 4, "num_single_layers": 4}
+    base = FluxTransformer2DModel.from_config(deep).eval().requires_grad_(False)
+    adapter = stirred(adapter_of(place_base(base, CPU, "int8" if int8 else "none")))
+
+    def gradients() -> list[torch.Tensor]:
+        prediction = adapter.predict(*inputs_of(2))
+        prediction.square().mean().backward()
+        found = [p.grad for p in adapter.lora.parameters() if p.grad is not None]
+        adapter.lora.zero_grad(set_to_none=True)
+        return [prediction.detach(), *found]
+
+    expected = gradients()
+    counting = Counting("aot_eager")
+    compile_blocks(flux().blocks(adapter.base), num_shapes=1, backend=counting)
+    found = gradients()
+    assert len(found) == len(expected) > 100
+    assert all((ours - theirs).norm() <= 1e-5 * theirs.norm() for ours, theirs in zip(found, expected, strict=True))
+    first = counting.graphs
+    gradients()
+    print(f"{first} graphs for {len(flux().blocks(adapter.base))} blocks")
+    assert counting.graphs == first <= 5, "other calls compile nothing anew"
