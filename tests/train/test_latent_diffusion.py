@@ -36,7 +36,7 @@ from train.painting import Painter
 from train.preparation import prepare
 from train.step import NOISE
 from train.trainer import Trainer, train
-from train.validation import seed_of
+from train.validation import fixed_noise, seed_of
 
 NAMES = ("sd15", "sdxl")
 
@@ -230,6 +230,19 @@ def test_pictures_are_led_away_from_the_empty_caption(cache: Path, tmp_path: Pat
     told = [each.embeds["encoder_hidden_states"][0, :, :24] for each in (captioned, uncaptioned)]
     assert torch.equal(told[0], by_text[list(texts.values())[1]])
     assert torch.equal(told[1], by_text[""])
+
+    guidance = made.family.guidance_scale
+    assert guidance is not None
+
+    def step(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        away = predict(x_t, t, uncaptioned)
+        return away + guidance * (predict(x_t, t, captioned) - away)
+
+    with torch.no_grad():
+        noise = fixed_noise(torch.Size((4, 8, 8)), validation.seed, index, 0, 6)[None]
+        x_0 = made.family.sample(made.model, noise, 3, step)
+    decode = made.family.open_decoder(made.model, "cpu", torch.float32)
+    assert np.array_equal(decode(x_0, 64, 64)[0].numpy(), picture)
 
 
 def test_a_schedule_without_terminal_noise_is_refused_for_epsilon_and_trains_with_v(
