@@ -43,6 +43,8 @@ class PlanConfig(TrainConfig):
     depth: str = ALL
     """num_layers-num_single_layers of the ControlNet. all: a table over the usual ones, its last line that of the
     deepest that fits."""
+    family: str = "flux"
+    """The model family. Where there is a cache, and no resolution is named, the cache says."""
     gpu: Literal["a100", "h200", "4090"] = "a100"
     """The card: A100 of 40 GB, H200, RTX 4090. Its memory is planned with unless memory.budget says otherwise."""
     cards: int = 1
@@ -51,7 +53,7 @@ class PlanConfig(TrainConfig):
     resolution: int | None = None
     """Pixels of a side of the squares that are planned for. Default: the largest shape in the cache, or 512."""
     text_length: int | None = None
-    """Tokens of the long text embedding. Default: the cache's, or 512."""
+    """Tokens of the long text embedding. Default: the cache's, or the family's most (FLUX: 512)."""
     samples: int | None = None
     """Samples of the data set. Default: the cache's, or 10,000."""
 
@@ -104,10 +106,10 @@ def subject_of(options: PlanConfig) -> Subject:
     from shared import families
     from shared.cache.storage import is_remote
 
-    family = families.get("flux")
+    family = families.get(options.family)
     name = options.model or family.default_model
     height = width = options.resolution or 512
-    text_length, num_samples = options.text_length or 512, options.samples or SAMPLES
+    text_length, num_samples = options.text_length or family.max_text_length, options.samples or SAMPLES
     if options.resolution is None and (is_remote(options.cache) or (Path(options.cache) / "cache.json").is_file()):
         from shared.cache.reader import Cache
         from train.samples import CachedSamples
@@ -120,7 +122,7 @@ def subject_of(options: PlanConfig) -> Subject:
         samples = CachedSamples(cache, family, conditions, "train")
         width, height = max(samples.sizes, key=lambda size: size[0] * size[1])
         lengths = [recipe["text_length"] for recipe in samples.recipes.values() if "text_length" in recipe]
-        text_length = options.text_length or next(iter(lengths), 512)
+        text_length = options.text_length or next(iter(lengths), family.max_text_length)
         num_samples = options.samples or len(samples)
         name = options.model or cache.manifest["model"]["name"]
     if height % family.size_multiple or width % family.size_multiple:
@@ -180,7 +182,7 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
         refusal = str(error)
         setting = replace(
             setting,
-            hoist=memory.hoist != "no" and adapters.get(options.adapter).keeps_base,
+            hoist=memory.hoist != "no" and adapters.get(options.adapter).keeps_base and bool(subject.family.pooled),
             stream=memory.stream == "yes",
             accumulation=-(-loader.global_batch // options.cards) if loader.global_batch else setting.accumulation,
             num_processes=options.cards,
@@ -384,7 +386,7 @@ def main() -> int:
 
     quiet_libraries()
     subject = subject_of(options)
-    if not adapters.get(options.adapter).conditioned:
+    if not adapters.get(options.adapter).conditioned or (not subject.family.has_depths and options.depth == ALL):
         options = replace(options, depth=TrainConfig.depth)  # of which nothing is read
     if options.depth != ALL:
         print(report(options, subject, plan(options, subject, options.depth)))

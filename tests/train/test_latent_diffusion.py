@@ -30,9 +30,11 @@ from tests.conftest import preprocess_options, write_data
 from tests.train.conftest import content, controlnet_bytes, losses, metrics, train_options
 from train.baseline import Baseline
 from train.compile import compile_blocks
+from train.config import TrainConfig
 from train.counting import Setting
 from train.memory_plan import count
 from train.painting import Painter
+from train.plan import PlanConfig, plan, report, subject_of
 from train.preparation import prepare
 from train.step import NOISE
 from train.trainer import Trainer, train
@@ -269,6 +271,19 @@ def test_memory_is_counted_before_anything_is_loaded() -> None:
     assert 1.9e9 < counted.peak_bytes < wider.peak_bytes < 8e9
     assert count(full, 38, 17).peak_bytes < counted.peak_bytes
     assert count(replace(full, weights=torch.float32)).peak_bytes > counted.peak_bytes + 361e6 * (2 + 2)
+
+
+def test_a_run_is_planned_without_a_model_or_a_cache() -> None:
+    options = PlanConfig(cache="nowhere", family="sdxl", resolution=1024, gpu="4090", depth=TrainConfig.depth)
+    options.check()
+    subject = subject_of(options)
+    assert (subject.text_length, subject.model) == (77, None)
+    planned = plan(options, subject, options.depth)
+    assert planned.refusal is None
+    assert planned.counted.num_controlnet_blocks == 42
+    assert "stable-diffusion-xl-base-1.0" in report(options, subject, planned)
+    with pytest.raises(UserError, match="leave DEPTH out"):
+        plan(options, subject, "4-4")
 
 
 def test_blocks_of_many_shapes_are_compiled_whole() -> None:

@@ -85,7 +85,9 @@ class ControlNetAdapter(Adapter):
 
     @classmethod
     def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder | None) -> None:
-        if not family.has_depths and options.depth != type(options).depth:
+        from train.config import TrainConfig  # which is made of this file's options
+
+        if not family.has_depths and options.depth != TrainConfig.depth:
             raise UserError(
                 f"DEPTH {options.depth}: a ControlNet of {family.name} is the first half of its base, at no other "
                 "depth; leave DEPTH out"
