@@ -606,10 +606,22 @@ def _account(work: Work, func: Any, inputs: list[torch.Tensor], outputs: list[to
         left, right = inputs[-2:]
         batches = left.shape[0] if left.dim() == 3 else 1
         work.products[(left.shape[-2], right.shape[-1], left.shape[-1])] += batches
+    elif packet == aten.convolution:  # a product of every place's neighbourhood with the weight
+        weight = inputs[1]
+        num_places = outputs[0].numel() // weight.shape[0]
+        work.products[(num_places, weight.shape[0], weight[0].numel())] += 1
+    elif packet == aten.convolution_backward:
+        gradient, image, weight = inputs[:3]
+        num_places = gradient.numel() // weight.shape[0]
+        for output in outputs:  # of the image, of the weight, of the bias: as many as are wanted
+            if output.shape == image.shape:
+                work.products[(num_places, weight[0].numel(), weight.shape[0])] += 1
+            elif output.shape == weight.shape:
+                work.products[(weight.shape[0], weight[0].numel(), num_places)] += 1
     elif packet == aten._scaled_dot_product_flash_attention:
-        work.attention[(False, *inputs[0].shape)] += 1
+        work.attention[_attended(False, *inputs[:2])] += 1
     elif packet == aten._scaled_dot_product_flash_attention_backward:
-        work.attention[(True, *inputs[1].shape)] += 1
+        work.attention[_attended(True, *inputs[1:3])] += 1
     elif any(tensor.dtype == torch.int8 for tensor in inputs):
         work.dequantized += outputs[0].numel()
     elif packet not in (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided):
@@ -617,6 +629,13 @@ def _account(work: Work, func: Any, inputs: list[torch.Tensor], outputs: list[to
     else:
         return  # memory alone
     work.num_kernels += 1
+
+
+def _attended(backward: bool, query: torch.Tensor, key: torch.Tensor) -> tuple[bool, int, int, int, int]:
+    """An attention as `Work.attention` knows it. To a text of another length: as if both had the mean of the two, by
+    which the scores are as many."""
+    B, heads, num_queries, width = query.shape
+    return backward, B, heads, math.isqrt(num_queries * key.shape[2]), width
 
 
 class _Marks:

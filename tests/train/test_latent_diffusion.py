@@ -20,6 +20,7 @@ from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from torch._dynamo import config as dynamo
+from torch.utils.flop_counter import FlopCounterMode
 
 from preprocess.pipeline import preprocess
 from shared import families
@@ -31,7 +32,7 @@ from tests.train.conftest import content, controlnet_bytes, losses, metrics, tra
 from train.baseline import Baseline
 from train.compile import compile_blocks
 from train.config import TrainConfig
-from train.counting import Setting
+from train.counting import Setting, trace
 from train.memory_plan import count
 from train.painting import Painter
 from train.plan import PlanConfig, plan, report, subject_of
@@ -271,6 +272,28 @@ def test_memory_is_counted_before_anything_is_loaded() -> None:
     assert 1.9e9 < counted.peak_bytes < wider.peak_bytes < 8e9
     assert count(full, 38, 17).peak_bytes < counted.peak_bytes
     assert count(replace(full, weights=torch.float32)).peak_bytes > counted.peak_bytes + 361e6 * (2 + 2)
+
+
+def test_the_work_that_is_counted_is_torch_s_own_count() -> None:
+    """Convolutions too, forward and backward."""
+    setting = Setting(depth=(0, 0), height=256, width=256, text_length=77, family="sd15", base="none", hoist=False)
+    segments = trace(setting).kept
+
+    family = families.get("sd15")
+    base, controlnet = family.make_base(), family.make_empty_controlnet(0, 0)
+    like = {"device": "meta", "dtype": torch.float32}
+    inputs = Inputs(
+        torch.empty(1, 3, 256, 256, **like), {"encoder_hidden_states": torch.empty(1, 77, 768, **like)}, 256, 256
+    )  # type: ignore[arg-type]
+    x_t, t = torch.empty(1, 4, 32, 32, **like), torch.empty(1, **like)  # type: ignore[arg-type]
+    with FlopCounterMode(display=False) as forward:
+        predicted = family.predict(base, x_t, t, inputs, 1.0, family.residuals(controlnet, x_t, t, inputs, 1.0, None))
+    with FlopCounterMode(display=False) as backward:
+        predicted.sum().backward()
+    counted = [sum(s.work.flops for s in segments if s.backward == way and s.part != "loss") for way in (False, True)]
+    assert counted[0] == pytest.approx(forward.get_total_flops(), rel=1e-3)
+    # torch lets flash attention's backward count five products for four.
+    assert counted[1] == pytest.approx(backward.get_total_flops(), rel=0.05)
 
 
 def test_a_run_is_planned_without_a_model_or_a_cache() -> None:
