@@ -98,7 +98,7 @@ compare: $(INSTALLED)
 	@$(RUN_PYTHON) -m train.compare --runs $(RUNS) $(call option,OUT,out) $(ARGS)
 
 sample: $(INSTALLED)
-	@$(if $(and $(RUN),$(or $(PAIRS),$(and $(IMAGE),$(PROMPT)))),,echo \
+	@$(if $(and $(RUN),$(or $(PAIRS),$(PROMPT))),,echo \
 		'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="...", or PAIRS=pairs.jsonl for the last two' >&2; exit 2)
 	@$(RUN_PYTHON) -m train.sample --run "$(RUN)" $(call quoted,IMAGE,image) $(call quoted,PROMPT,prompt) \
 		$(call quoted,PAIRS,pairs) $(ARGS)
