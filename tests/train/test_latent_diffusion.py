@@ -281,11 +281,9 @@ def test_the_work_that_is_counted_is_torch_s_own_count() -> None:
 
     family = families.get("sd15")
     base, controlnet = family.make_base(), family.make_empty_controlnet(0, 0)
-    like = {"device": "meta", "dtype": torch.float32}
-    inputs = Inputs(
-        torch.empty(1, 3, 256, 256, **like), {"encoder_hidden_states": torch.empty(1, 77, 768, **like)}, 256, 256
-    )  # type: ignore[arg-type]
-    x_t, t = torch.empty(1, 4, 32, 32, **like), torch.empty(1, **like)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        inputs = Inputs(torch.empty(1, 3, 256, 256), {"encoder_hidden_states": torch.empty(1, 77, 768)}, 256, 256)
+        x_t, t = torch.empty(1, 4, 32, 32), torch.empty(1)
     with FlopCounterMode(display=False) as forward:
         predicted = family.predict(base, x_t, t, inputs, 1.0, family.residuals(controlnet, x_t, t, inputs, 1.0, None))
     with FlopCounterMode(display=False) as backward:
