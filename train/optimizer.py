@@ -57,6 +57,7 @@ class AnyOptimizer(Protocol):
     """What a training step is made with: see `Optimizer`, whose words these are."""
 
     options: OptimizerOptions
+    parameters: dict[str, torch.nn.Parameter]
 
     @property
     def num_updates(self) -> int: ...

@@ -261,7 +261,7 @@ class TestRefusedBeforeAnythingHeavyIsLoaded:
         assert not (tmp_path / "run").exists()
 
     def test_a_cache_of_another_family(self, cache_copy: Path, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="unknown model family 'painter': there is: .*flux"):
+        with pytest.raises(UserError, match=r"unknown model family 'painter': there is: .*flux"):
             train(train_options(sealed(cache_copy, family="painter"), tmp_path))
 
     def test_a_base_of_another_family(self, tiny_cache: Path, model_copy: Path, tmp_path: Path) -> None:
