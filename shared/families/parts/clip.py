@@ -5,7 +5,6 @@ B captions, L tokens with padding (77 by CLIP's nature), D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,55 +24,69 @@ def tokenizer(model: ModelFolder, component: str = "tokenizer", encoder: str = "
 
 def open_pooled(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
     """Captions -> "pooled_prompt_embeds" (B, D)."""
-    encode = _open(model, device, dtype)
-    return lambda captions: {"pooled_prompt_embeds": encode(captions).pooler_output.to(dtype).cpu()}
+    words, encoder = _load(model, device, dtype)
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Tensors:
+        return {"pooled_prompt_embeds": encoder(_ids(words, captions, device)).pooler_output.to(dtype).cpu()}
+
+    return encode
 
 
 def open_tokens(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
     """Captions -> "prompt_embeds" (B, L, D): the last layer's output, normalised, with its padding."""
-    encode = _open(model, device, dtype)
-    return lambda captions: {"prompt_embeds": encode(captions).last_hidden_state.to(dtype).cpu()}
+    words, encoder = _load(model, device, dtype)
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Tensors:
+        return {"prompt_embeds": encoder(_ids(words, captions, device)).last_hidden_state.to(dtype).cpu()}
+
+    return encode
 
 
 def open_inner_tokens(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
     """Captions -> "prompt_embeds" (B, L, D): the output of the last layer but one, not normalised (SDXL)."""
-    encode = _open(model, device, dtype, inner=True)
-    return lambda captions: {"prompt_embeds": encode(captions).hidden_states[-2].to(dtype).cpu()}
+    words, encoder = _load(model, device, dtype)
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Tensors:
+        found = encoder(_ids(words, captions, device), output_hidden_states=True)
+        return {"prompt_embeds": found.hidden_states[-2].to(dtype).cpu()}
+
+    return encode
 
 
 def open_second(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
     """The same of a model's second encoder, with "pooled_prompt_embeds" (B, P), projected, of the whole (SDXL)."""
-    encode = _open(model, device, dtype, second=True, inner=True)
+    words, encoder = _load(model, device, dtype, second=True)
 
-    def both(captions: list[str]) -> Tensors:
-        found = encode(captions)
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Tensors:
+        found = encoder(_ids(words, captions, device), output_hidden_states=True)
         return {
             "prompt_embeds": found.hidden_states[-2].to(dtype).cpu(),
             "pooled_prompt_embeds": found.text_embeds.to(dtype).cpu(),
         }
 
-    return both
+    return encode
 
 
-def _open(
-    model: ModelFolder, device: str, dtype: torch.dtype, *, second: bool = False, inner: bool = False
-) -> Callable[[list[str]], Any]:
-    """`inner`: every layer's output comes out."""
+def _load(model: ModelFolder, device: str, dtype: torch.dtype, *, second: bool = False) -> tuple[Any, Any]:
+    """The tokenizer and the encoder."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     part = "_2" if second else ""
-    words = tokenizer(model, f"tokenizer{part}", f"text_encoder{part}")
     kind = CLIPTextModelWithProjection if second else CLIPTextModel
-    encoder = loaded(kind, model, f"text_encoder{part}", dtype).to(device)
+    words = tokenizer(model, f"tokenizer{part}", f"text_encoder{part}")
+    return words, loaded(kind, model, f"text_encoder{part}", dtype).to(device)
 
-    @torch.no_grad()
-    def encode(captions: list[str]) -> Any:
-        ids = words(
-            captions, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return encoder(ids.to(device), output_hidden_states=inner)
 
-    return encode
+def _ids(words: Any, captions: list[str], device: str) -> torch.Tensor:
+    """(B, L), padded and cut to CLIP's length."""
+    ids = words(
+        captions, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids.to(device)
 
 
 def tiny_tokenizer() -> Any:
