@@ -126,8 +126,8 @@ class Trainer:
         if len(prepared.held_out) and accelerator.is_main_process:
             self.validation = Validation(
                 prepared.held_out, family, model, self.objective, options.validation,
-                seed=options.validation.seed, device=self.device, dtype=self.dtype, baseline=Baseline.of(self.run.folder),
-                modulation=modulation,
+                seed=options.validation.seed, device=self.device, dtype=self.dtype,
+                baseline=Baseline.of(self.run.folder), modulation=modulation,
             )  # fmt: skip
         self.look = Looks(
             options.validation, accelerator, self.run, self.adapter, self.validation,
