@@ -132,7 +132,7 @@ prune: $(INSTALLED)
 	@$(RUN_PYTHON) -m shared.cache.prune "$(CACHE)" $(if $(YES),--yes) $(ARGS)
 
 test: $(INSTALLED)
-	@$(RUN_PYTHON) -m pytest -n 2 $(ARGS)
+	@$(RUN_PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check-adherence: $(INSTALLED)
 	@$(RUN_PYTHON) -m examples.check_adherence $(ARGS)

@@ -39,6 +39,7 @@ PRELOADED = (
     "diffusers.schedulers.scheduling_flow_match_euler_discrete",
     "optimum.quanto",
     "preprocess.pipeline",
+    "tests.preprocess.test_kill",
     "transformers.models.clip.modeling_clip",
     "transformers.models.clip.tokenization_clip",
     "transformers.models.t5.modeling_t5",

@@ -24,7 +24,7 @@ from train.compile import compile_blocks
 from train.loader import Loader, LoaderOptions
 from train.modulation import LinearsInMemory, Modulation
 from train.objectives import FlowMatching, ObjectiveOptions
-from train.optimizer import Kind, Optimizer, OptimizerOptions
+from train.optimizer import Kind, Optimizer, OptimizerOptions, Update
 from train.step import Step
 from train.streaming import stream
 
@@ -56,8 +56,9 @@ class PlainOptimizer(Optimizer):
         torch.nn.utils.clip_grads_with_norm_(graded, self.options.clip_norm, self._norm)
         return self._norm
 
-    def finish(self, norm: float) -> None:
+    def finish(self, norm: float) -> Update:
         self.inner.step()
+        return Update(torch.tensor(torch.nan), None)  # it does not say how far it went
 
     def zero_grad(self) -> None:
         self.inner.zero_grad(set_to_none=True)

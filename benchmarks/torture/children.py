@@ -3,6 +3,7 @@ so that a run of the stage takes a second and can be killed without harm."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -80,6 +81,7 @@ def _be(command: Callable[[], int | None], out: Path, err: Path, prepare: Callab
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        gc.freeze()  # what another left behind is not closed here: Ctrl-C in a `__del__` is lost
         if prepare is not None:
             prepare()
         run_command_line(command)

@@ -420,11 +420,13 @@ def test_no_cell_is_begun_with_too_little_time(tmp_path: Path, monkeypatch: pyte
 def test_a_cell_is_measured_in_a_process_of_its_own_and_a_late_one_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slices, "subprocess", forked)
-    found = slices._in_own_process(Cell("ceilings"), "tiny", "cpu", 300.0, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(slices, "subprocess", forked)
+        found = slices._in_own_process(Cell("ceilings"), "tiny", "cpu", 300.0, tmp_path)
     assert found is not None
     assert "gemm" in found, found
     assert found["environment"]["torch"] == torch.__version__.split("+")[0]
+    # One that begins with its imports is late.
     assert slices._in_own_process(Cell("ceilings"), "tiny", "cpu", 0.0, tmp_path) is None
 
 

@@ -142,33 +142,48 @@ def test_a_cluster_without_room_for_a_worker_is_refused(
 def test_started_on_the_spot_it_is_quiet_and_ends_with_ctrl_c_and_another_engine_resumes_to_the_same_bytes(
     options: PreprocessConfig, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
-    cache, out, err = (tmp_path / name for name in ("cache", "out", "err"))
-    there = replace(options, cache=str(cache), engine=replace(RAY, ray_workers=1, ray_cpus_per_worker=0.5))
-    (tmp_path / "recipe.yaml").write_text(to_yaml(there))
-    with open(out, "wb") as stdout, open(err, "wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "preprocess", "--recipe", str(tmp_path / "recipe.yaml")],
-            cwd=Path(__file__).parents[2], stdout=stdout, stderr=stderr,
-            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
-        )  # fmt: skip
-        while not list(cache.glob("*/*.parquet")) or not (busy := {pid for pid, _ in writers(cache)}):
-            assert process.poll() is None, err.read_text()
-            time.sleep(0.001)
-        processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-        busy |= {pid for pid in processes if alive(pid) and parent_of(pid) == process.pid}
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == EXIT_INTERRUPTED
-    assert err.read_text() == "interrupted: run the same command again to resume\n"
-    assert not re.search("ray|INFO|WARN", out.read_text())
+    for attempt in range(4):
+        there = replace(options, cache=str(tmp_path / f"cache-{attempt}"))
+        if (busy := interrupted(there, tmp_path)) is not None:
+            break
+    assert busy is not None, "it was finished each time before it heard of the interruption"
     until = time.monotonic() + 60
     while any(alive(pid) for pid in busy) and time.monotonic() < until:
         time.sleep(0.01)
     assert len(busy) > 2  # the worker, and what Ray itself is made of
     assert not [pid for pid in busy if alive(pid)]
-    made = contents(cache)
+    made = contents(Path(there.cache))
     assert 0 < len(made) < len(reference)
-    assert preprocess(replace(options, cache=str(cache))) == 0
-    assert contents(cache) == reference
+    assert preprocess(there) == 0
+    assert contents(Path(there.cache)) == reference
+
+
+def interrupted(options: PreprocessConfig, folder: Path) -> set[int] | None:
+    """The stage on a cluster of its own, stopped by Ctrl-C in the middle: the processes that were at work. None where
+    it was finished before it heard of it, as on a busy machine it may be."""
+    cache, out, err = Path(options.cache), folder / "out", folder / "err"
+    there = replace(options, engine=replace(RAY, ray_workers=1, ray_cpus_per_worker=0.5))
+    (folder / "recipe.yaml").write_text(to_yaml(there))
+    with open(out, "wb") as stdout, open(err, "wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "preprocess", "--recipe", str(folder / "recipe.yaml")],
+            cwd=Path(__file__).parents[2], stdout=stdout, stderr=stderr,
+            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        )  # fmt: skip
+        while not list(cache.glob("*/*.parquet")) or not (busy := {pid for pid, _ in writers(cache)}):
+            if process.poll() == 0:
+                return None
+            assert process.poll() is None, err.read_text()
+            time.sleep(0.001)
+        processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        busy |= {pid for pid in processes if alive(pid) and parent_of(pid) == process.pid}
+        process.send_signal(signal.SIGINT)
+        if (code := process.wait()) == 0:
+            return None
+        assert code == EXIT_INTERRUPTED
+    assert err.read_text() == "interrupted: run the same command again to resume\n"
+    assert not re.search("ray|INFO|WARN", out.read_text())
+    return busy
 
 
 def test_a_worker_that_does_not_see_the_cache_is_refused(options: PreprocessConfig, tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+import cv2
 import pytest
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from preprocess.config import PreprocessConfig
 from preprocess.pipeline import preprocess
@@ -21,6 +24,8 @@ from tests.conftest import preprocess_options
 from tests.preprocess.runs import contents
 
 NUM_KILLS = 10
+IMPORTED = (AutoencoderKL, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast, cv2)
+"""What the stage imports when it needs it: imported by the fork server with this module, it costs no child anything."""
 
 
 def child(options: PreprocessConfig, err: str, ready: Connection) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from shared.errors import UserError
 from tests.shared.test_inspect import Browser, in_browser
@@ -544,3 +545,13 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser: Browser, written: 
     finally:
         browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_a_run_from_before_an_option_existed_is_of_the_same_setting(tmp_path: Path) -> None:
+    old, new = (make_run(tmp_path / f"seed-{seed}", seed=seed) for seed in (0, 1))
+    recorded = yaml.safe_load((old / "config.yaml").read_text())
+    del recorded["ema"], recorded["early_stop"]
+    (old / "config.yaml").write_text(yaml.safe_dump(recorded))
+    comparison = gather([old, new])
+    assert len(comparison.settings) == 1
+    assert comparison.settings == gather([new, old]).settings

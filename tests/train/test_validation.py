@@ -375,9 +375,12 @@ def test_the_standard_error_is_over_samples() -> None:
 
 
 def test_impossible_options_are_refused() -> None:
+    def refused(sentence: str, **impossible: Any) -> None:
+        with pytest.raises(UserError, match=sentence):
+            ValidationOptions(**impossible).check()
+
     for name in ("samples", "timesteps", "pictures", "picture_steps", "adherence_samples", "batch_size"):
-        with pytest.raises(UserError, match=rf"validation\.{name} must be 1 or more"):
-            ValidationOptions(**{name: 0}).check()
+        refused(rf"validation\.{name} must be 1 or more", **{name: 0})
     for name in ("every", "pictures_every", "adherence_every"):
-        with pytest.raises(UserError, match=r"must be 0 \(off\) or more"):
-            ValidationOptions(**{name: -1}).check()
+        refused(r"must be 0 \(off\) or more", **{name: -1})
+    refused(r"validation\.seed must be 0 or more, not -1", seed=-1)

@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from shared.config import completed, to_dict
 from shared.errors import UserError
+from train.config import TrainConfig
 from train.run import CONFIG, METRICS, RUN
 
 SWEEP = "sweep.json"
@@ -25,7 +27,7 @@ class Folder:
     stated: Mapping[str, Any]
     """run.json; empty where the run never began."""
     options: Mapping[str, Any]
-    """Every option by its full name."""
+    """Every option by its full name; one that was not there yet when the run began has its default."""
     figures: Mapping[str, Mapping[int, float]]
     """metrics.jsonl: each figure by its full name ("held_out/loss") at its steps, in their order."""
     outcome: Mapping[str, Any]
@@ -93,7 +95,7 @@ def _options(path: Path, notes: list[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         notes.append(f"{path.name}: {CONFIG} cannot be read ({error})")
         return {}
-    return dict(flatten(found)) if isinstance(found, dict) else {}
+    return dict(flatten(completed(found, to_dict(TrainConfig())))) if isinstance(found, dict) else {}
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "", separator: str = ".") -> Iterator[tuple[str, Any]]:
