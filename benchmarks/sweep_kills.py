@@ -28,7 +28,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +123,7 @@ class Experiment:
             os.setsid()
             for number, handle in ((0, theirs), (1, _appending(log)), (2, _appending(log))):
                 os.dup2(handle, number)
-            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as a started process has it: the sweep's lock is the sweep's
+            _let_go_of_files()
             _be(module, words, prepare)
         os.close(theirs)
 
@@ -144,6 +144,18 @@ class Experiment:
         """SIGKILL."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
+
+
+def _let_go_of_files() -> None:
+    """As a started process, this one then has no file of the one it was forked from: the sweep's lock is the sweep's.
+    The numbers stay taken. What Python object they belong to may be collected at any time, and it then closes its
+    number, which would be some new file's if it had been given back."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2:
+            with suppress(OSError):  # the folder's own, which is listed too
+                os.fstat(number)
+                os.dup2(null, number)
 
 
 def _appending(log: Path) -> int:
