@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
+from shared import registry
 from shared.errors import UserError, nearest
 
 
@@ -44,8 +45,10 @@ def load(
     that after the options of an earlier run (`recorded`, as `to_dict` gives them).
 
     With `--dry-run` the resolved configuration is printed as YAML and None comes back. Unknown recipe keys and
-    impossible values raise `UserError`; unknown command-line options exit with code 2 and the nearest name.
+    impossible values raise `UserError`, and so do folders beyond the tree that add nothing (`registry.check`); unknown
+    command-line options exit with code 2 and the nearest name.
     """
+    registry.check()
     words = list(sys.argv[1:] if arguments is None else arguments)
     dry_run = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]

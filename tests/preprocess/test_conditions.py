@@ -71,7 +71,7 @@ def test_an_unknown_condition_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match=r"there is: canny, .*lineart.*precomputed"):
         conditions.get("xyz")
     for shared in ("base", "detection", "weights"):
-        with pytest.raises(UserError, match="no condition"):
+        with pytest.raises(UserError, match="unknown condition"):
             conditions.get(shared)
 
 

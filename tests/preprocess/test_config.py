@@ -95,7 +95,7 @@ def test_every_condition_has_its_options() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--condition", "linart"], "no condition is called 'linart': did you mean 'lineart'"),
+        (["--condition", "linart"], "unknown condition 'linart': did you mean 'lineart'"),
         (["--condition"], "condition: name at least one of canny, "),
         (["--condition", "canny", "canny"], "condition: canny is named twice"),
         (["--family", "flx"], "unknown model family 'flx': did you mean 'flux'"),

@@ -129,7 +129,7 @@ def test_of_several_drawings_the_finest_comes_and_depth_and_tile_are_no_lines() 
     ({**recipe_of("canny"), "detector": "another's"}, None, r"that drew 'canny' is not here: its detector is"),
     (recipe_of("precomputed"), None, r"came with the images, no detector made them.*adherence-detector canny"),
     (recipe_of("precomputed"), "precomputed", r"precomputed detects nothing"),
-    (recipe_of("precomputed"), "cany", r"no condition is called 'cany'"),
+    (recipe_of("precomputed"), "cany", r"unknown condition 'cany'"),
 ])  # fmt: skip
 def test_a_detector_that_is_not_the_cache_s_is_refused(
     recipe: dict[str, Any], stand_in: str | None, sentence: str
