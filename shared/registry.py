@@ -1,8 +1,8 @@
 """What there is of a kind: a folder is the registry, and folders beyond the tree may add to it.
 
 `UNDERDRAWING_PATH` names folders (separated as in PATH) that are laid out as the tree is. A file
-`FOLDER/preprocess/conditions/stipple.py` is then a condition as one in `preprocess/conditions/` is: it is imported under
-the same name, `preprocess.conditions.stipple`, and could be moved into the tree as it stands.
+`FOLDER/preprocess/conditions/stipple.py` is then a condition as one in `preprocess/conditions/` is: it is imported as
+`preprocess.conditions.stipple`, and could be moved into the tree as it stands.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
@@ -102,6 +103,7 @@ class TrainConfig:
             self.checkpoint,
             self.ema,
             self.early_stop,
+            *(getattr(self, name) for name in _OTHERS),
         ):
             part.check()
         if self.early_stop.on and not self.validation.every:
@@ -111,6 +113,24 @@ class TrainConfig:
     def run_name(self) -> str:
         """The name given, or one from what is trained."""
         return self.name if self.name is not None else adapters.get(self.adapter).run_name(self)
+
+
+_OTHERS = {
+    name: options
+    for name in adapters.names()
+    if name not in {field.name for field in dataclasses.fields(TrainConfig)}
+    and (options := adapters.get(name).Options) is not None
+}
+"""Adapter to its class of options, of those that stand above under no name: from beyond the tree, for example."""
+
+if not TYPE_CHECKING and _OTHERS:
+    TrainConfig = dataclasses.make_dataclass(
+        TrainConfig.__name__,
+        [(name, options, field(default_factory=options)) for name, options in _OTHERS.items()],
+        bases=(TrainConfig,),
+        namespace={"__doc__": TrainConfig.__doc__, "__module__": __name__},
+        frozen=True,
+    )
 
 
 MAY_CHANGE = (

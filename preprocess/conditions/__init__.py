@@ -1,8 +1,8 @@
 """The conditions: what a ControlNet sees beside the noise. The folder is the registry: one file, one condition.
 
-A new condition is a new file here, or in a folder beyond the tree (see `shared.registry`), that holds one final subclass
-of `base.Condition` whose `name` is the file's. Nothing else changes. Importing a condition is light; what it needs to
-draw, it imports when it is opened.
+A new condition is a new file here, or in a folder beyond the tree (see `shared.registry`), that holds one final
+subclass of `base.Condition` whose `name` is the file's. Nothing else changes. Importing a condition is light; what it
+needs to draw, it imports when it is opened.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import shared
 from preprocess.engine import Died, EngineOptions, Event, Finished, Ready, Workers, told
 from preprocess.units import Unit
 from preprocess.worker import Setup, Worker, device_of
-from shared import atomic
+from shared import atomic, registry
 from shared.errors import UserError
 from shared.report import quiet_libraries, warn
 
@@ -157,7 +157,9 @@ class _Share:
 def _connect(ray: Any) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # The workers run this very code, also on machines that have another version of it or none.
-    code = {"py_modules": [str(Path(package.__path__[0])) for package in (preprocess, shared)]}
+    code: dict[str, Any] = {"py_modules": [str(Path(package.__path__[0])) for package in (preprocess, shared)]}
+    if beyond := registry.folders():  # which all machines are to see, as they do the cache
+        code["env_vars"] = {registry.VARIABLE: os.pathsep.join(map(str, beyond))}
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address and address != "local":

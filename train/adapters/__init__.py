@@ -1,5 +1,5 @@
-"""What is trained, on or in the base. The folder is the registry: one file per adapter, each defining `ADAPTER`. Folders
-beyond the tree may add to them: see `shared.registry`."""
+"""What is trained, on or in the base. The folder is the registry: one file per adapter, each defining `ADAPTER`.
+Folders beyond the tree may add to them: see `shared.registry`."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -26,6 +26,12 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 Attach = Callable[[torch.nn.Module], "Adapter"]
 """The base, on its device -> the adapter with it."""
+
+
+class AdapterOptions(Protocol):
+    """A frozen dataclass; `check` raises `UserError` for values that no single type can rule out."""
+
+    def check(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Adapter(ABC):
     """What is trained, with the base that it is trained on or in."""
 
     name: ClassVar[str]
+    Options: ClassVar[type[AdapterOptions] | None] = None
+    """The frozen dataclass of its settings, which stand under its `name` among the training's. None: it has none, or
+    `TrainConfig` has a field for them."""
     folder: ClassVar[str]
     """Of its weights: in a checkpoint, and the link in a run's folder."""
     weights_file: ClassVar[str]
