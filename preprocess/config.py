@@ -26,6 +26,10 @@ ConditionOptions: Any = dataclasses.make_dataclass(
 )
 
 
+NO_CONDITION = "none"
+"""As in `--condition none`: the same as no name at all."""
+
+
 @dataclass(frozen=True)
 class EncodeOptions:
     """How the encoders are run. Nothing here is part of a layer's fingerprint."""
@@ -69,7 +73,8 @@ class PreprocessConfig:
     revision: str | None = None
     """Commit, branch or tag of a hub model."""
     condition: tuple[str, ...] = ("lineart",)
-    """What the ControlNet will follow; several are kept side by side. `precomputed` takes the conditioning_image."""
+    """What the ControlNet will follow; several are kept side by side. `precomputed` takes the conditioning_image;
+    `none` draws nothing: a LoRA or a whole base is trained on pictures and captions alone."""
     text_length: int | None = None
     """T5 tokens. Padding is part of what FLUX sees, so use the same length at inference. Default: the model's own, 512;
     at 77 the cache is a sixth of the size."""
@@ -93,11 +98,15 @@ class PreprocessConfig:
     engine: EngineOptions = field(default_factory=EngineOptions)
     remote: RemoteOptions = field(default_factory=RemoteOptions)
 
+    def __post_init__(self) -> None:
+        if self.condition == (NO_CONDITION,):  # the word that a command line can say; a recipe may write []
+            object.__setattr__(self, "condition", ())
+
     def check(self) -> None:
         """Refuse impossible values, of the parts too."""
         family = families.get(self.family)
-        if not self.condition:
-            raise UserError(f"condition: name at least one of {', '.join(conditions.names())}")
+        if NO_CONDITION in self.condition:
+            raise UserError(f"condition: {NO_CONDITION} stands alone; leave it out, or the others")
         for name in self.condition:
             conditions.get(name)
             if self.condition.count(name) > 1:

@@ -340,7 +340,7 @@ class _Stage:
                 "revision": self.model.revision,
             },
             options={key: value for key, value in to_dict(self.options).items() if key not in _HOW},
-            condition=self.options.condition[0],
+            condition=next(iter([*self.options.condition, *kept]), None),
             conditions=sorted([*self.options.condition, *kept]),
         )
         return list(kept)
@@ -427,7 +427,7 @@ class _Stage:
         shapes = Counter(f"{sample.bucket_width}x{sample.bucket_height}" for sample in sound)
         say(
             f"cache {self.storage.url}: {len(sound):,} samples ({held_out:,} held out), {len(self.captions) - 1:,} "
-            f"distinct captions, conditions {', '.join(self.options.condition)}"
+            f"distinct captions, conditions {', '.join(self.options.condition) or 'none'}"
             + (f" (and {', '.join(kept)} from before)" if kept else "")
         )
         say(f"sizes: {', '.join(f'{count:,} of {shape}' for shape, count in sorted(shapes.items()))}")

@@ -112,13 +112,11 @@ def subject_of(options: PlanConfig) -> Subject:
     text_length, num_samples = options.text_length or family.max_text_length, options.samples or SAMPLES
     if options.resolution is None and (is_remote(options.cache) or (Path(options.cache) / "cache.json").is_file()):
         from shared.cache.reader import Cache
-        from train.samples import CachedSamples
+        from train.samples import CachedSamples, conditions_of
 
         cache = Cache(options.cache, options.remote)
         family = families.get(cache.family)
-        conditions = options.condition or (cache.manifest["condition"],)
-        if not adapters.get(options.adapter).conditioned:
-            conditions = ()
+        conditions = conditions_of(cache, options.condition, conditioned=adapters.get(options.adapter).conditioned)
         samples = CachedSamples(cache, family, conditions, "train")
         width, height = max(samples.sizes, key=lambda size: size[0] * size[1])
         lengths = [recipe["text_length"] for recipe in samples.recipes.values() if "text_length" in recipe]

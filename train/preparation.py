@@ -27,7 +27,7 @@ from train.loader import Loader
 from train.objectives import Kind
 from train.optimizer import learning_rate
 from train.run import Run
-from train.samples import CachedSamples
+from train.samples import CachedSamples, conditions_of
 
 
 @dataclass
@@ -93,7 +93,7 @@ def ground_of(options: TrainConfig) -> Ground:
     cache = Cache(options.cache, options.remote)
     family = families.get(cache.family)
     adapter = adapters.get(options.adapter)
-    conditions = (options.condition or (cache.manifest["condition"],)) if adapter.conditioned else ()
+    conditions = conditions_of(cache, options.condition, conditioned=adapter.conditioned)
     samples = CachedSamples(cache, family, conditions, "train")
     held_out = CachedSamples(cache, family, conditions, "validation")
     if not len(samples):

@@ -70,6 +70,20 @@ class Images:
         return self.variants[begin + (shares * (end - begin)).astype(np.int64)]
 
 
+def conditions_of(cache: Cache, chosen: Sequence[str], *, conditioned: bool) -> tuple[str, ...]:
+    """The conditions to train on: those `chosen`, else the one that the cache was made with last; none where what is
+    trained is not `conditioned`. Raises `UserError` where the cache has none to choose."""
+    if not conditioned:
+        return ()
+    if not chosen and not cache.conditions:
+        raise UserError(
+            f"{cache.url} holds no condition, and a ControlNet follows one. Add it, nothing else is encoded again: "
+            f"make preprocess DATA=... CACHE={cache.url} CONDITION=lineart; or train what reads none: --adapter lora, "
+            "--adapter full"
+        )
+    return tuple(chosen) or (cache.manifest["condition"],)
+
+
 class CachedSamples:
     """The samples of one split of a cache that every needed layer has something for, by index; random access.
 

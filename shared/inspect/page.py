@@ -65,9 +65,10 @@ def _header(facts: Facts, made_at: datetime) -> str:
     manifest = facts.manifest
     num_sound = facts.num_samples - len(facts.failures.left_out)
     conditions = manifest["conditions"]
+    with_conditions = f"with the condition{'s' * (len(conditions) != 1)} {e(_listed(conditions))}"
     sentence = (
         f"{plural(num_sound, 'sample')} of {plural(facts.num_images, 'image')} for {e(manifest['family'].upper())}, "
-        f"with the condition{'s' * (len(conditions) != 1)} {e(_listed(conditions))}."
+        f"{with_conditions if conditions else 'without a condition'}."
     )
     model = manifest["model"]
     revision = f" at {model['revision'][:8]}" if model["revision"] else ""

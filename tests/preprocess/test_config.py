@@ -84,6 +84,13 @@ def test_a_dry_run_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_condition_is_asked_for_in_words_or_with_none(tmp_path: Path) -> None:
+    for written in ("condition: []", "condition: none", "condition: [none]"):
+        (tmp_path / "recipe.yaml").write_text(written)
+        assert loaded("--recipe", str(tmp_path / "recipe.yaml")).condition == ()
+    assert loaded("--condition", "none").condition == loaded("--condition").condition == ()
+
+
 def test_every_condition_has_its_options() -> None:
     assert [name for name in field_names(PreprocessConfig) if name.startswith("conditions.canny")] == [
         "conditions.canny.low",
@@ -96,7 +103,7 @@ def test_every_condition_has_its_options() -> None:
     ("words", "sentence"),
     [
         (["--condition", "linart"], "unknown condition 'linart': did you mean 'lineart'"),
-        (["--condition"], "condition: name at least one of canny, "),
+        (["--condition", "canny", "none"], "condition: none stands alone"),
         (["--condition", "canny", "canny"], "condition: canny is named twice"),
         (["--family", "flx"], "unknown model family 'flx': did you mean 'flux'"),
         (["--geometry.resolution", "500"], "resolution=500 is not a multiple of 16, .* use 496 or 512"),
