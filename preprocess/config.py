@@ -78,6 +78,9 @@ class PreprocessConfig:
     text_length: int | None = None
     """T5 tokens. Padding is part of what FLUX sees, so use the same length at inference. Default: the model's own, 512;
     at 77 the cache is a sixth of the size."""
+    text_tokens: bool = False
+    """Keep CLIP's tokens of each caption too, some hundred bytes: for training CLIP along with a LoRA
+    (lora.train_text_encoder), which reads them in the place of what CLIP says."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the encoders and of the cache. bf16 is what pipelines are run in."""
     posterior: Literal["moments", "mean", "sample"] = "moments"
@@ -116,6 +119,8 @@ class PreprocessConfig:
         if self.text_length is not None and not least <= self.text_length <= most:
             allowed = f"from {least} to {most}" if least < most else f"{most} with {family.name}, or left out"
             raise UserError(f"text_length must be {allowed}, not {self.text_length}")
+        if self.text_tokens and not family.text_encoders:
+            raise UserError(f"text_tokens: {family.name} has no text encoder that can be trained; leave it out")
         if not 0 <= self.validation_fraction < 1 or self.validation_max < 0:
             raise UserError("validation_fraction is a share from 0 to below 1, validation_max 0 or more")
         for part in (self.source, self.geometry, self.encode, self.engine, self.remote):

@@ -50,6 +50,9 @@ class Layers:
             if kind.reads == "image"
         ]
         captions = [EncodedLayer(self, kind, kind.name, "caption") for kind in kinds if kind.reads == "caption"]
+        if options.text_tokens:
+            tokens = (encoder.tokens for encoder in self.family.text_encoders)
+            captions += [EncodedLayer(self, kind, kind.name, "caption") for kind in tokens]
         of_conditions: list[PlannedLayer] = []
         for name in options.condition:
             drawn = DrawnLayer(self, name)
@@ -84,7 +87,8 @@ class Layers:
         the images or captions themselves."""
         assert kind.components, f"{name} is nothing but its drawings: see condition_recipe"
         recipe = self.family.encoder_recipe(kind, self.model, self.text_length, self.options.posterior)
-        recipe["precision"] = str(self.dtype).removeprefix("torch.")
+        if any(field.dtype == "as encoded" for field in kind.fields):  # tokens are whole numbers
+            recipe["precision"] = str(self.dtype).removeprefix("torch.")
         if drawings is not None:
             recipe["drawings"] = drawings
         elif kind.reads == "image":

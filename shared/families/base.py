@@ -95,6 +95,48 @@ class Inputs:
 Encode = Callable[[Any], Tensors]
 """uint8 (B, H, W, 3), or a list of captions -> tensors (B, ...) under the layer's field names, on the CPU."""
 
+
+class TextEncoder(ABC):
+    """A text encoder that can be trained along: of captions' tokens it makes, with gradients, what a layer holds."""
+
+    layer: str
+    """The layer that holds what it says of each caption, as it was before it was trained."""
+    component: str
+    """Folder of the model."""
+    tokens: LayerKind
+    """The layer of the captions' tokens, which training reads in the place of `layer`; its one field is `input_ids`."""
+    lora_targets: tuple[str, ...]
+    """Ends of the names of the linears that a LoRA acts on."""
+
+    @abstractmethod
+    def load(self, model: ModelFolder, dtype: torch.dtype) -> torch.nn.Module:
+        """The encoder on the CPU, frozen. Raises `UserError`."""
+
+    @abstractmethod
+    def make(self, model: ModelFolder | None = None) -> torch.nn.Module:
+        """The same without its weights, on the meta device. Without a `model`: as the family's default model has it."""
+
+    @abstractmethod
+    def shapes(self, model: ModelFolder) -> dict[str, tuple[int, ...]]:
+        """ "layer.field" of `layer` to the shape of what it says of one caption."""
+
+    @abstractmethod
+    def encode(self, encoder: torch.nn.Module, ids: torch.Tensor) -> Tensors:
+        """Tokens (B, L) -> tensors (B, ...) under the names of `layer`'s fields, in the encoder's dtype."""
+
+    @abstractmethod
+    def is_heard(self, encoder: torch.nn.Module, name: str) -> bool:
+        """Whether what `encode` gives depends on the module of this name."""
+
+    @abstractmethod
+    def name_in_file(self, name: str) -> str:
+        """What programs that read a LoRA call the linear of this name, below the component."""
+
+    @abstractmethod
+    def name_to_match(self, name: str) -> str:
+        """An end of that linear's name that is its alone, and the same in every version of the library."""
+
+
 Decode = Callable[[torch.Tensor, int, int], torch.Tensor]
 """x_0 (B, ...), height, width -> uint8 (B, H, W, 3) on the CPU."""
 
@@ -162,6 +204,13 @@ class Family(ABC):
     """Whether a ControlNet may have more or fewer of the base's blocks. Where it may not, every depth is (0, 0)."""
     pooled: ClassVar[str] = ""
     """The "layer.field" that `time_embedding` takes beside t. Only with `modulations`."""
+    text_encoders: ClassVar[tuple[TextEncoder, ...]] = ()
+    """Those that can be trained along with what is trained of the base."""
+
+    def layers_read(self, *, tokens: bool) -> tuple[LayerKind, ...]:
+        """The layers that training reads. `tokens`: the tokens for the trained text encoders, not what they said."""
+        spoken = {encoder.layer: encoder.tokens for encoder in self.text_encoders} if tokens else {}
+        return tuple(spoken.get(kind.name, kind) for kind in self.layers)
 
     # Stage 1: samples -> layers
 

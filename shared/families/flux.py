@@ -76,6 +76,7 @@ class Flux(Family):
         "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
     pooled = "clip.pooled_prompt_embeds"
+    text_encoders = (clip.Clip(clip.pooled, clip.L_14),)  # T5 is never trained, nor loaded for training
     layers = (
         *autoencoder.layers(channels=16, condition=True),
         LayerKind("clip", "caption", ("text_encoder", "tokenizer"), (
@@ -125,8 +126,8 @@ class Flux(Family):
     ) -> Encode:
         if layer.components[0] == "vae":
             return autoencoder.open_encoder(model, device, dtype)
-        if layer.name == "clip":
-            return clip.open_pooled(model, device, dtype)
+        if (encode := clip.opened(self.text_encoders, layer, model, device, dtype)) is not None:
+            return encode
         return t5.open_tokens(model, device, dtype, text_length)
 
     def keep(self, layer: LayerKind, tensors: Tensors, posterior: Posterior, seed: str) -> Tensors:
@@ -136,6 +137,8 @@ class Flux(Family):
         self, layer: LayerKind, model: ModelFolder, dtype: torch.dtype, pixels: int, text_length: int,
         posterior: Posterior = "moments",
     ) -> int:  # fmt: skip
+        if layer.fields[0].name == clip.IDS:
+            return clip.TOKENS_BYTES
         if layer.name == "t5":
             numbers = text_length * model.config("text_encoder_2")["d_model"]
         elif layer.name == "clip":

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from shared.cache.schema import Field
-from shared.families.base import Batch, Encode, Inputs, LayerKind, Paint
+from shared.families.base import Batch, Inputs, LayerKind, Paint
 from shared.families.parts import clip
 from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.families.parts.latent_diffusion import LatentDiffusion
@@ -47,9 +47,7 @@ class StableDiffusion15(LatentDiffusion):
             Field("prompt_embeds", "as encoded", "L D", "CLIP's last hidden states with padding; SD 1.5: L 77, D 768"),
         ), shard_rows=1024),
     )  # fmt: skip
-
-    def open_text_encoder(self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-        return clip.open_tokens(model, device, dtype)
+    text_encoders = (clip.Clip(clip.last, clip.L_14),)
 
     def text_facts(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int, str]]:
         return {"clip.prompt_embeds": (1, config["cross_attention_dim"], "features of the CLIP embeddings")}

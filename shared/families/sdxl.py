@@ -14,7 +14,7 @@ import torch
 
 from shared.cache.schema import Field
 from shared.errors import UserError
-from shared.families.base import Batch, Encode, Inputs, LayerKind, Paint
+from shared.families.base import Batch, Inputs, LayerKind, Paint
 from shared.families.parts import clip, sizes
 from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.families.parts.latent_diffusion import LatentDiffusion
@@ -52,10 +52,7 @@ class StableDiffusionXL(LatentDiffusion):
             Field("pooled_prompt_embeds", "as encoded", "P", "its embedding of the whole, projected; SDXL: P 1280"),
         ), shard_rows=1024),
     )  # fmt: skip
-
-    def open_text_encoder(self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-        opened = clip.open_inner_tokens if layer.name == "clip" else clip.open_second
-        return opened(model, device, dtype)
+    text_encoders = (clip.Clip(clip.inner, clip.L_14), clip.Clip(clip.inner_and_projected, clip.BIG_G, second=True))
 
     def text_facts(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int, str]]:
         if config.get("addition_embed_type") != "text_time":

@@ -5,14 +5,27 @@ B captions, L tokens with padding (77 by CLIP's nature), D features.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from shared.families.base import Encode, Tensors
+from shared.cache.schema import Field
+from shared.families.base import Encode, LayerKind, Tensors, TextEncoder
 from shared.families.parts.component import loaded
 from shared.families.parts.component import tokenizer as load_tokenizer
 from shared.model_folder import ModelFolder
+
+L_14: Mapping[str, Any] = {
+    "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "max_position_embeddings": 77,
+    "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768, "vocab_size": 49408,
+}  # fmt: skip
+"""`text_encoder/config.json` of FLUX.1-dev, SD 1.5 and SDXL: openai/clip-vit-large-patch14's text half."""
+BIG_G: Mapping[str, Any] = {
+    "hidden_act": "gelu", "hidden_size": 1280, "intermediate_size": 5120, "max_position_embeddings": 77,
+    "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280, "vocab_size": 49408,
+}  # fmt: skip
+"""`text_encoder_2/config.json` of SDXL: laion/CLIP-ViT-bigG-14's text half."""
 
 
 def tokenizer(model: ModelFolder, component: str = "tokenizer", encoder: str = "text_encoder") -> Any:
@@ -22,71 +35,123 @@ def tokenizer(model: ModelFolder, component: str = "tokenizer", encoder: str = "
     return load_tokenizer(CLIPTokenizer, model, component, encoder, ("vocab.json", "merges.txt"))
 
 
-def open_pooled(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-    """Captions -> "pooled_prompt_embeds" (B, D)."""
-    words, encoder = _load(model, device, dtype)
-
-    @torch.no_grad()
-    def encode(captions: list[str]) -> Tensors:
-        return {"pooled_prompt_embeds": encoder(_ids(words, captions, device)).pooler_output.to(dtype).cpu()}
-
-    return encode
+IDS = "input_ids"
+"""The field of a layer of tokens."""
+TOKENS_BYTES = 77 * 4 + 1024
+"""Of one caption's on disk: with two tar blocks, the member's header and the tensors' own."""
+Says = Callable[[Any, torch.Tensor], Tensors]
+"""A CLIP encoder and tokens (B, L) -> what the base takes of what it says, under the fields' names."""
 
 
-def open_tokens(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-    """Captions -> "prompt_embeds" (B, L, D): the last layer's output, normalised, with its padding."""
-    words, encoder = _load(model, device, dtype)
-
-    @torch.no_grad()
-    def encode(captions: list[str]) -> Tensors:
-        return {"prompt_embeds": encoder(_ids(words, captions, device)).last_hidden_state.to(dtype).cpu()}
-
-    return encode
+def pooled(encoder: Any, ids: torch.Tensor) -> Tensors:
+    """ "pooled_prompt_embeds" (B, D)."""
+    return {"pooled_prompt_embeds": encoder(ids).pooler_output}
 
 
-def open_inner_tokens(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-    """Captions -> "prompt_embeds" (B, L, D): the output of the last layer but one, not normalised (SDXL)."""
-    words, encoder = _load(model, device, dtype)
-
-    @torch.no_grad()
-    def encode(captions: list[str]) -> Tensors:
-        found = encoder(_ids(words, captions, device), output_hidden_states=True)
-        return {"prompt_embeds": found.hidden_states[-2].to(dtype).cpu()}
-
-    return encode
+def last(encoder: Any, ids: torch.Tensor) -> Tensors:
+    """ "prompt_embeds" (B, L, D): the last layer's output, normalised, with its padding."""
+    return {"prompt_embeds": encoder(ids).last_hidden_state}
 
 
-def open_second(model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+def inner(encoder: Any, ids: torch.Tensor) -> Tensors:
+    """ "prompt_embeds" (B, L, D): the output of the last layer but one, not normalised (SDXL)."""
+    return {"prompt_embeds": encoder(ids, output_hidden_states=True).hidden_states[-2]}
+
+
+def inner_and_projected(encoder: Any, ids: torch.Tensor) -> Tensors:
     """The same of a model's second encoder, with "pooled_prompt_embeds" (B, P), projected, of the whole (SDXL)."""
-    words, encoder = _load(model, device, dtype, second=True)
-
-    @torch.no_grad()
-    def encode(captions: list[str]) -> Tensors:
-        found = encoder(_ids(words, captions, device), output_hidden_states=True)
-        return {
-            "prompt_embeds": found.hidden_states[-2].to(dtype).cpu(),
-            "pooled_prompt_embeds": found.text_embeds.to(dtype).cpu(),
-        }
-
-    return encode
+    found = encoder(ids, output_hidden_states=True)
+    return {"prompt_embeds": found.hidden_states[-2], "pooled_prompt_embeds": found.text_embeds}
 
 
-def _load(model: ModelFolder, device: str, dtype: torch.dtype, *, second: bool = False) -> tuple[Any, Any]:
-    """The tokenizer and the encoder."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+class Clip(TextEncoder):
+    """One CLIP text encoder of a pipeline with its tokenizer."""
 
-    part = "_2" if second else ""
-    kind = CLIPTextModelWithProjection if second else CLIPTextModel
-    words = tokenizer(model, f"tokenizer{part}", f"text_encoder{part}")
-    return words, loaded(kind, model, f"text_encoder{part}", dtype).to(device)
+    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")  # as in diffusers' own DreamBooth training
+
+    def __init__(self, says: Says, config: Mapping[str, Any], *, second: bool = False) -> None:
+        """`config`: that of the family's default model. `second`: the pipeline's second one, with a projection."""
+        self._says, self._config, self._second = says, config, second
+        part = "_2" if second else ""
+        self.layer, self.component, self._tokenizer = f"clip{part}", f"text_encoder{part}", f"tokenizer{part}"
+        self.tokens = LayerKind(f"clip{part}_tokens", "caption", (self._tokenizer,), (
+            Field(IDS, "int32", "L", "CLIP's tokens with beginning, end and padding; L 77"),
+        ), shard_rows=16384)  # fmt: skip
+
+    def open(self, model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
+        """Captions -> what it says of them. Raises `UserError`."""
+        words, encoder = self._words(model), self.load(model, dtype).to(device)
+
+        @torch.no_grad()
+        def encode(captions: list[str]) -> Tensors:
+            said = self.encode(encoder, _ids(words, captions).to(device))
+            return {name: tensor.to(dtype).cpu() for name, tensor in said.items()}
+
+        return encode
+
+    def open_tokens(self, model: ModelFolder) -> Encode:
+        """Captions -> "input_ids" int32 (B, L). Raises `UserError`."""
+        words = self._words(model)
+        return lambda captions: {IDS: _ids(words, captions).to(torch.int32)}
+
+    def load(self, model: ModelFolder, dtype: torch.dtype) -> torch.nn.Module:
+        return loaded(self._kind, model, self.component, dtype)
+
+    def make(self, model: ModelFolder | None = None) -> torch.nn.Module:
+        from transformers import CLIPTextConfig
+
+        config = self._config if model is None else model.config(self.component)
+        with torch.device("meta"):
+            return self._kind(CLIPTextConfig.from_dict(dict(config))).eval().requires_grad_(False)
+
+    def shapes(self, model: ModelFolder) -> dict[str, tuple[int, ...]]:
+        encoder = self.make(model)
+        length = encoder.config.max_position_embeddings
+        said = self.encode(encoder, torch.zeros(1, length, dtype=torch.int32, device="meta"))
+        return {f"{self.layer}.{name}": tuple(tensor.shape[1:]) for name, tensor in said.items()}
+
+    def encode(self, encoder: torch.nn.Module, ids: torch.Tensor) -> Tensors:
+        return self._says(encoder, ids)
+
+    def is_heard(self, encoder: torch.nn.Module, name: str) -> bool:
+        last_layer = encoder.config.num_hidden_layers - 1
+        return self._says is not inner or f".layers.{last_layer}." not in f".{name}."
+
+    def name_in_file(self, name: str) -> str:
+        return f"text_model.{name.removeprefix('text_model.')}"  # which newer versions of transformers leave out
+
+    def name_to_match(self, name: str) -> str:
+        return name[name.index("layers.") :]
+
+    def _words(self, model: ModelFolder) -> Any:
+        return tokenizer(model, self._tokenizer, self.component)
+
+    @property
+    def _kind(self) -> Any:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        return CLIPTextModelWithProjection if self._second else CLIPTextModel
 
 
-def _ids(words: Any, captions: list[str], device: str) -> torch.Tensor:
+def opened(
+    encoders: Sequence[TextEncoder], layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype
+) -> Encode | None:
+    """`Family.open_encoder` of a layer that one of these encoders makes, or its tokens; None for any other."""
+    for encoder in encoders:
+        assert isinstance(encoder, Clip)
+        if layer.name == encoder.layer:
+            return encoder.open(model, device, dtype)
+        if layer.name == encoder.tokens.name:
+            return encoder.open_tokens(model)
+    return None
+
+
+def _ids(words: Any, captions: list[str]) -> torch.Tensor:
     """(B, L), padded and cut to CLIP's length."""
-    ids = words(
+    ids: torch.Tensor = words(
         captions, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
-    return ids.to(device)
+    return ids
 
 
 def tiny_tokenizer() -> Any:

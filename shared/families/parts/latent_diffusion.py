@@ -60,10 +60,6 @@ class LatentDiffusion(Family):
     def text_facts(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int, str]]:
         """What a base of this configuration takes of the text: see `component.check_shapes`."""
 
-    @abstractmethod
-    def open_text_encoder(self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype) -> Encode:
-        """`open_encoder` of a layer that reads captions."""
-
     def conditioning(self, inputs: Inputs) -> dict[str, Any]:
         """The arguments by which UNet and ControlNet are told of everything but x_t, t and the condition."""
         return dict(inputs.embeds)
@@ -118,7 +114,9 @@ class LatentDiffusion(Family):
         assert text_length == self.max_text_length, "CLIP has one length"
         if layer.name == "latents":
             return autoencoder.open_encoder(model, device, dtype)
-        return self.open_text_encoder(layer, model, device, dtype)
+        encode = clip.opened(self.text_encoders, layer, model, device, dtype)
+        assert encode is not None, f"{layer.name} is none of CLIP's"
+        return encode
 
     def keep(self, layer: LayerKind, tensors: Tensors, posterior: Posterior, seed: str) -> Tensors:
         return autoencoder.keep(tensors, posterior, seed) if layer.name == "latents" else tensors
@@ -129,6 +127,8 @@ class LatentDiffusion(Family):
     ) -> int:  # fmt: skip
         if layer.name == "latents":
             numbers = len(self.fields(layer, posterior)) * 4 * pixels // 64
+        elif layer.fields[0].name == clip.IDS:
+            return clip.TOKENS_BYTES
         else:
             config = model.config(layer.components[0])
             of_field = {"prompt_embeds": text_length * config["hidden_size"]}
