@@ -154,7 +154,7 @@ class Weights:
     """What lies on the device from step to step, in bytes."""
 
     base: int
-    """All of the base but its blocks."""
+    """All of the base but its blocks, and the text encoders beside it."""
     base_blocks: tuple[int, ...]
     controlnet: int
     """Of what is trained beside the base."""
@@ -250,6 +250,7 @@ def _run(
     block_bytes = tuple(_nbytes(block) for block in family.blocks(base))
     other_bytes = _nbytes(base) - sum(block_bytes)
     adapter = kind.empty(family, base, setting, setting.weights)
+    other_bytes += sum(map(_nbytes, adapter.text_encoders))
     trained = tuple((name, tuple(parameter.shape)) for name, parameter in adapter.trained.named_parameters())
     trained_bytes = 0 if adapter.trained is base else _nbytes(adapter.trained)
     copies: tuple[tuple[int, ...], ...] = tuple((i,) for i in range(len(block_bytes)))
@@ -283,7 +284,7 @@ def _step(adapter: Adapter, setting: Setting, recomputed: bool) -> tuple[list[Se
     if recomputed:
         recompute.apply(family, base, own, len(family.blocks(base)), len(own_blocks))
     meter = _Meter()
-    for model in (base, adapter.trained):
+    for model in (base, *adapter.text_encoders, adapter.trained):
         for tensor in [*model.parameters(), *model.buffers()]:
             meter.hold(tensor, "weights")
     for tensor in batch.tensors.values():
@@ -399,6 +400,14 @@ def _shorten(family: Family, base: torch.nn.Module, depth: tuple[int, int]) -> t
 
 def _batch(family: Family, setting: Setting) -> Batch:
     shapes = family.sample_shapes(setting.height, setting.width, setting.text_length, setting.model)
+    encoders = family.text_encoders if adapters.get(setting.adapter).trains_text(setting) else ()
+    said = {encoder.layer for encoder in encoders}
+    shapes = {name: shape for name, shape in shapes.items() if name.partition(".")[0] not in said}
+    tokens = {
+        f"{encoder.tokens.name}.{field.name}": torch.empty(setting.batch_size, 77, dtype=torch.int32, device="meta")
+        for encoder in encoders
+        for field in encoder.tokens.fields
+    }
     return Batch(
         keys=[str(i) for i in range(setting.batch_size)],
         height=setting.height,
@@ -406,7 +415,8 @@ def _batch(family: Family, setting: Setting) -> Batch:
         tensors={
             name: torch.empty(setting.batch_size, *shape, dtype=setting.dtype, device="meta")
             for name, shape in shapes.items()
-        },
+        }
+        | tokens,
         step_samples=setting.batch_size,
     )
 

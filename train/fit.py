@@ -115,7 +115,7 @@ def decide(
     adapter = adapters.get(setting.adapter)
     frozen = adapter.keeps_base
     hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda" and frozen)
-    hoist = hoist and bool(families.get(setting.family).pooled)  # else the base has no modulation to compute ahead
+    hoist = hoist and hoistable(setting)
     shard = adapter.spreads_base and _may_shard(memory, setting, cards)
     setting = replace(setting, hoist=hoist, stream=memory.stream == "yes", shard=memory.shard == "yes")
     setting = replace(setting, num_processes=num_processes, cards=cards)
@@ -162,6 +162,11 @@ def decide(
     raise AssertionError("it fits after all")
 
 
+def hoistable(setting: Setting) -> bool:
+    """Whether the base has a modulation that can be computed ahead: of a pooled text that stays what it was."""
+    return bool(families.get(setting.family).pooled) and not adapters.get(setting.adapter).trains_text(setting)
+
+
 def _may_shard(memory: MemoryOptions, setting: Setting, cards: int) -> bool:
     """Whether the base can be spread over cards, and may. Raises `UserError` where it must and cannot."""
     if memory.shard == "yes" and cards == 1:
@@ -171,6 +176,13 @@ def _may_shard(memory: MemoryOptions, setting: Setting, cards: int) -> bool:
         )
     if memory.shard == "yes" and setting.base == "quanto":
         raise UserError("memory.shard yes: quanto's own weights cannot be cut; set base.weights int8")
+    if setting.optimizer.kind == "prodigy" and not adapters.get(setting.adapter).keeps_base:
+        if memory.shard == "yes":
+            raise UserError(
+                "memory.shard yes: prodigy finds one step size from all weights, and a base that is trained is spread "
+                "with its optimizer: set optimizer.kind adamw8bit"
+            )
+        return False
     return memory.shard == "auto" and cards > 1 and setting.base != "quanto"
 
 

@@ -126,7 +126,8 @@ def model_card(card: Card) -> str:
 
 def _what(card: Card) -> str:
     if card.adapter == "lora":
-        return f"A LoRA of rank {card.options.get('lora.rank', '?')} for {_base(card)}"
+        text = " and its text encoder" if card.options.get("lora.train_text_encoder") else ""
+        return f"A LoRA of rank {card.options.get('lora.rank', '?')} for {_base(card)}{text}"
     if card.adapter == "full":
         return f"{_base(card)}, all of its weights trained further"
     condition = " or ".join(card.conditions)

@@ -93,7 +93,8 @@ class Painter:
         validation = self.validation
         found: dict[int, torch.Tensor] = {}
         for part, batch in validation.batches(indices):
-            inputs = validation.family.inputs(batch, validation.condition(batch), validation.dtype)
+            without = control == "none"
+            inputs = adapter.inputs(batch, validation.condition(batch), validation.dtype, without=without)
             x_0 = validation.latents(batch)
             noise = torch.stack([fixed_noise(x_0.shape[1:], validation.seed, index, 0, _NOISE) for index in part])
             noise = noise.to(x_0)
@@ -101,7 +102,8 @@ class Painter:
             empty = None  # what guidance leads away from
             if validation.family.guidance_scale is not None:
                 uncaptioned = validation.uncaptioned(part, batch)
-                empty = validation.family.inputs(uncaptioned, inputs.condition, validation.dtype)
+                empty = adapter.inputs(uncaptioned, inputs.condition, validation.dtype, without=without)
+                empty = validation.family.guided_from(validation.model, empty)
             x_0 = self._sampled(adapter, noise, inputs, empty, control, ahead)
             found |= dict(zip(part, x_0, strict=True))
         return found

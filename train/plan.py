@@ -180,7 +180,7 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
         refusal = str(error)
         setting = replace(
             setting,
-            hoist=memory.hoist != "no" and adapters.get(options.adapter).keeps_base and bool(subject.family.pooled),
+            hoist=memory.hoist != "no" and adapters.get(options.adapter).keeps_base and fit.hoistable(setting),
             stream=memory.stream == "yes",
             accumulation=-(-loader.global_batch // options.cards) if loader.global_batch else setting.accumulation,
             num_processes=options.cards,

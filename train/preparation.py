@@ -4,7 +4,7 @@ before a weight is loaded."""
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +94,19 @@ def ground_of(options: TrainConfig) -> Ground:
     family = families.get(cache.family)
     adapter = adapters.get(options.adapter)
     conditions = conditions_of(cache, options.condition, conditioned=adapter.conditioned)
-    samples = CachedSamples(cache, family, conditions, "train")
-    held_out = CachedSamples(cache, family, conditions, "validation")
+    encoders = family.text_encoders if adapter.trains_text(options) else ()
+    samples, held_out = (
+        CachedSamples(cache, family, conditions, split, tokens=bool(encoders)) for split in ("train", "validation")
+    )
     if not len(samples):
         raise UserError(f"{cache.url} has no sound sample to train on")
     model = resolve(
         options.model or cache.manifest["model"]["name"],
-        components=(family.base_component, "vae", "scheduler"),
+        components=(family.base_component, "vae", "scheduler", *(encoder.component for encoder in encoders)),
         revision=options.revision or (None if options.model else cache.manifest["model"]["revision"]),
     )
-    remark = family.check_base(model, samples.shapes, samples.recipes)
+    said = {name: shape for encoder in encoders for name, shape in encoder.shapes(model).items()}
+    remark = family.check_base(model, samples.shapes | said, samples.recipes)
     adapter.refuse(options, family, model)
     facts = {
         "family": family.name,
@@ -119,6 +122,8 @@ def ground_of(options: TrainConfig) -> Ground:
 def begin(options: TrainConfig, stack: ExitStack) -> Begun | None:
     """Take hold of the run's folder; None where the run is trained already. Raises `UserError`."""
     ground = ground_of(options)
+    if options.name is None and (name := _name_on(options, ground.family)) != options.run_name:
+        options = replace(options, name=name)
     accelerator = processes.accelerator(options)
     processes.refuse_different(accelerator, options, ground.facts)
     run = Run(Path(options.runs) / options.run_name)
@@ -140,6 +145,11 @@ def begin(options: TrainConfig, stack: ExitStack) -> Begun | None:
                 say(f"{run.folder} has ended at step {done}. {stopped.words()}")
             return None
     return Begun(options, ground, accelerator, run, before, checkpoint)
+
+
+def _name_on(options: TrainConfig, family: Family) -> str:
+    """Of a run that is given none, where the family is known: its ControlNets may have no depth to be called by."""
+    return adapters.get(options.adapter).run_name(options, family)
 
 
 def ready(begun: Begun, fitted: fit.Fit) -> Prepared:
@@ -171,7 +181,7 @@ def ready(begun: Begun, fitted: fit.Fit) -> Prepared:
 def _depth(family: Family, options: TrainConfig, checkpoint: Path | None) -> tuple[int, int]:
     """Of what is trained, blocks of its own."""
     adapter = adapters.get(options.adapter)
-    return adapter.depth(options, family, None if checkpoint is None else checkpoint / adapter.folder)
+    return adapter.depth(options, family, None if checkpoint is None else checkpoints.weights_of(checkpoint, "trained"))
 
 
 def _begun_before(

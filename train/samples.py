@@ -91,8 +91,11 @@ class CachedSamples:
     where some cannot be used: then the numbers of those that can.
     """
 
-    def __init__(self, cache: Cache, family: Family, conditions: str | Sequence[str], split: str) -> None:
-        """`conditions`: none where what is trained reads none, whatever the cache has. Raises `UserError` where the
+    def __init__(
+        self, cache: Cache, family: Family, conditions: str | Sequence[str], split: str, *, tokens: bool = False
+    ) -> None:
+        """`conditions`: none where what is trained reads none, whatever the cache has. `tokens`: read those of the
+        captions in the place of what the text encoders that can be trained said of them. Raises `UserError` where the
         cache lacks a condition or a layer, or conditions cannot be mixed."""
         self.conditions = (conditions,) if isinstance(conditions, str) else tuple(conditions)
         self.cache, self.split = cache, split
@@ -102,9 +105,16 @@ class CachedSamples:
                     f"{cache.url} holds no condition '{condition}': {nearest(condition, cache.conditions)}. "
                     f"Add it: make preprocess DATA=... CACHE={cache.url} CONDITION={condition}"
                 )
+        kinds = family.layers_read(tokens=tokens)
+        if absent := [kind.name for kind in kinds if kind not in family.layers and kind.name not in cache.layer_names]:
+            raise UserError(
+                f"{cache.url} holds no tokens of its captions ({absent[0]}), which training the text encoder reads. "
+                f"Add them, nothing else is encoded again: make preprocess DATA=... CACHE={cache.url} "
+                'ARGS="--text-tokens True"'
+            )
         self.layers: dict[str, tuple[LayerKind, tuple[Layer, ...]]] = {
             kind.name: (kind, tuple(cache.layer(name) for name in self._names(kind)))
-            for kind in family.layers
+            for kind in kinds
             if self.conditions or kind.reads != "condition"
         }
         """By the family's name: the kind, and the layer of each condition; of what no condition is in, one layer."""

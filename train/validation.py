@@ -203,7 +203,7 @@ class Validation:
                 others = [neighbours[index] for index in part]
                 theirs = self.samples.batch(others, conditions=[self.samples.condition_of(index) for index in part])
                 condition = self.condition(to_device(theirs, self.device))
-            inputs = self.family.inputs(batch, condition, self.dtype)
+            inputs = adapter.inputs(batch, condition, self.dtype, without=control == "none")
             for j in range(J):
                 if self._grid_rows is not None:
                     self._grid_rows.use(k * J + j, len(part))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 
 from shared.errors import UserError
-from shared.families.base import Family, Inputs
+from shared.families.base import Batch, Family, Inputs
 from shared.model_folder import ModelFolder
 from train.quantize import refuse_trainable
 
@@ -42,6 +42,8 @@ class Start:
     family: Family
     model: ModelFolder
     device: torch.device
+    dtype: torch.dtype
+    """Of the computation."""
     weights: torch.dtype
     """Of the trained weights."""
     saved: Path | None
@@ -55,7 +57,7 @@ class Adapter(ABC):
     Options: ClassVar[type[AdapterOptions] | None] = None
     """The frozen dataclass of its settings, which stand under its `name` among the training's. None: it has none, or
     `TrainConfig` has a field for them."""
-    folder: ClassVar[str]
+    folder: str
     """Of its weights: in a checkpoint, and the link in a run's folder."""
     weights_file: ClassVar[str]
     """In that folder."""
@@ -109,13 +111,19 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def run_name(cls, options: TrainConfig) -> str:
-        """What a run is called that is given no name."""
+    def run_name(cls, options: TrainConfig, family: Family | None = None) -> str:
+        """What a run is called that is given no name. `family`: once the cache has told it."""
 
     @classmethod
     def unused(cls, options: TrainConfig) -> list[str]:
         """Options of its own that were changed but have no effect beside the others: warn of them."""
         return []
+
+    @classmethod
+    def trains_text(cls, options: Any) -> bool:
+        """Whether the family's text encoders are trained along: their tokens are read, not what they said before, and
+        nothing that depends on what they say is computed ahead. `options`: `TrainConfig` or `train.counting.Setting`."""
+        return False
 
     # --- made -------------------------------------------------------------------------------------------------------
 
@@ -136,6 +144,12 @@ class Adapter(ABC):
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
+    def inputs(
+        self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype, *, without: bool = False
+    ) -> Inputs:
+        """Everything but x_t and t for `predict` on this batch, or for `predict_without`."""
+        return self.family.inputs(batch, condition, dtype)
+
     @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
         """The prediction, as x_t. `scale`: how strongly it acts."""
@@ -148,6 +162,15 @@ class Adapter(ABC):
     def has_idle_parameters(self) -> bool:
         """Whether some parameters never get a gradient."""
         return False
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        """Frozen ones that it holds beside the base, on its device."""
+        return []
+
+    def rates(self, options: TrainConfig) -> dict[str, float]:
+        """What the learning rate is multiplied by for some of the `named_parameters`; 1 for the others."""
+        return {}
 
     @property
     def with_blocks(self) -> torch.nn.Module | None:

@@ -5,6 +5,9 @@ are chosen is watched, and what the pair gives is added to what comes out of it.
 it, so nothing that holds, streams or spreads a frozen base need know of them. Names, initialisation and scale are
 peft's: `FluxPipeline.load_lora_weights(folder)` reads what is saved.
 
+With `train_text_encoder` the family's text encoders have pairs, too. They lie frozen beside the base, and what they say
+of a caption is computed of its tokens, with gradients, in each step.
+
 Letters: N output and K input features of a linear, r the rank.
 """
 
@@ -12,16 +15,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from shared.errors import UserError, nearest
-from shared.families.base import Family, Inputs
+from shared.families.base import Batch, Family, Inputs, TextEncoder
 from shared.model_folder import ModelFolder
 from train.adapters.base import Adapter, Attach, Precision, Start, precision_named
 from train.frozen_linear import FrozenInt8Linear
@@ -47,6 +50,13 @@ class LoraOptions:
     targets: tuple[str, ...] = ()
     """The linears that get a pair, by the ends of their names, for example attn.to_q. Default: the attention's
     projections and the feed-forward layers that diffusers' own DreamBooth training takes in this family."""
+    train_text_encoder: bool = False
+    """Train CLIP along: pairs of the same rank on the projections of its attention (of SDXL on both CLIPs'). For words
+    that it does not know, as a subject's made-up name. The cache must hold tokens (preprocess --text-tokens True). T5
+    is never trained. What CLIP says enters FLUX's modulation, which is then on the device: 6 GiB in bf16, 3 in int8."""
+    text_learning_rate: float | None = None
+    """Peak learning rate of the text encoder's pairs. Default: optimizer.learning_rate. CLIP forgets fast: a twentieth
+    of it is usual (5e-6 beside 1e-4)."""
     weights: Precision = "fp32"
     """Precision of the pairs while they are trained. There are few of them, so fp32 costs next to nothing."""
     save_fp32: bool = False
@@ -63,6 +73,9 @@ class LoraOptions:
             raise UserError(f"lora.alpha must be above 0, but is {self.alpha}")
         if self.guidance < 0:
             raise UserError(f"lora.guidance must not be negative, but is {self.guidance}")
+        rate = self.text_learning_rate
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise UserError(f"lora.text_learning_rate must be above 0, but is {rate}")
 
     @property
     def scale(self) -> float:
@@ -111,32 +124,30 @@ class Pair(torch.nn.Module):
         return torch.nn.functional.linear(thin, self.lora_B.weight.to(x.dtype))
 
 
-class Lora(torch.nn.Module):
-    """All pairs of a base, and the base that they act on, which is no part of it."""
+class Pairs(torch.nn.Module):
+    """All pairs of one model, which is no part of it."""
 
     def __init__(
         self,
-        family: Family,
-        base: torch.nn.Module,
+        model: torch.nn.Module,
         shapes: Mapping[str, tuple[int, int]],
         options: LoraOptions,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        seed: int = 0,
+        draw: torch.Generator,
     ) -> None:
-        """Watches those linears of the base that `shapes` names. A is drawn from the seed as peft draws it."""
+        """Watches those linears of the model that `shapes` names. A is drawn as peft draws it."""
         super().__init__()
         self.names = list(shapes)
-        self.linears = [base.get_submodule(name) for name in shapes]
+        self.linears = [model.get_submodule(name) for name in shapes]
         """That are watched. (In a list, so that they do not become a part of this module.)"""
-        self.scale, self.guidance = options.scale, options.guidance
+        self.scale = options.scale
         self.on = True
         """Whether the pairs act."""
         self.pairs = torch.nn.ModuleList(
             Pair(K, N, options.rank, dtype=dtype, device=device) for N, K in shapes.values()
         )
-        draw = torch.Generator().manual_seed(seed)
         for linear, pair in zip(self.linears, self.pairs, strict=True):
             assert isinstance(pair, Pair)
             weight = pair.lora_A.weight.detach()
@@ -146,12 +157,15 @@ class Lora(torch.nn.Module):
                 )  # on the CPU and in fp32: the same on every device
                 weight.copy_(drawn)
             linear.register_forward_hook(self._watcher(pair))
-        self._predict = lambda x_t, t, inputs: family.predict(base, x_t, t, inputs, self.guidance, None)
-        self.train()
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """The base's prediction with the pairs: called through here, a wrapper for several processes knows of it."""
-        return self._predict(x_t, t, inputs)
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model as it is without them."""
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
 
     def _watcher(self, pair: Pair) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
         def add(linear: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -163,15 +177,59 @@ class Lora(torch.nn.Module):
         return add
 
 
+class Lora(Pairs):
+    """Those of a base, and of text encoders."""
+
+    def __init__(
+        self,
+        family: Family,
+        base: torch.nn.Module,
+        shapes: Mapping[str, tuple[int, int]],
+        options: LoraOptions,
+        *,
+        texts: Sequence[Text] = (),
+        dtype: torch.dtype,
+        device: torch.device | str,
+        seed: int = 0,
+    ) -> None:
+        """A is drawn from the seed."""
+        draw = torch.Generator().manual_seed(seed)
+        super().__init__(base, shapes, options, dtype=dtype, device=device, draw=draw)
+        self.texts = torch.nn.ModuleList(
+            Pairs(text.encoder, text.shapes(), options, dtype=dtype, device=device, draw=draw) for text in texts
+        )
+        self._predict = lambda x_t, t, inputs: family.predict(base, x_t, t, inputs, options.guidance, None)
+        self.train()
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """The base's prediction with the pairs: called through here, a wrapper for several processes knows of it."""
+        return self._predict(x_t, t, inputs)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text encoder that is trained along."""
+
+    kind: TextEncoder
+    encoder: torch.nn.Module
+    """Frozen, on the device."""
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The linears that get a pair: name to (N, K)."""
+        found = chosen(self.encoder, self.kind.lora_targets)
+        return {name: shape for name, shape in found.items() if self.kind.is_heard(self.encoder, name)}
+
+
 class LoraAdapter(Adapter):
     """The pairs with their frozen base."""
 
     name: ClassVar[str] = "lora"
-    folder: ClassVar[str] = "lora"
+    folder = "lora"
     weights_file: ClassVar[str] = WEIGHTS
     config_file: ClassVar[str | None] = None
     title: ClassVar[str] = "LoRA"
     conditioned: ClassVar[bool] = False
+    spreads_base: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -179,14 +237,17 @@ class LoraAdapter(Adapter):
         base: torch.nn.Module,
         options: LoraOptions,
         *,
+        texts: Sequence[Text] = (),
         dtype: torch.dtype,
         device: torch.device | str,
         seed: int = 0,
     ) -> None:
-        """New pairs on the base, which from now on is watched. Raises `UserError` for targets that it has not."""
+        """New pairs on the base and on `texts`, which from now on are watched. Raises `UserError` for targets that the
+        base has not."""
         self.family, self.base, self.options, self.guidance = family, base, options, options.guidance
         shapes = chosen(base, options.targets or family.lora_targets)
-        self.lora = Lora(family, base, shapes, options, dtype=dtype, device=device, seed=seed)
+        self.lora = Lora(family, base, shapes, options, texts=texts, dtype=dtype, device=device, seed=seed)
+        self._texts = list(texts)
         self.trained = self.bare = self.module = self.lora
 
     @classmethod
@@ -200,11 +261,14 @@ class LoraAdapter(Adapter):
     @classmethod
     def refuse(cls, options: TrainConfig, family: Family, model: ModelFolder | None) -> None:
         chosen(family.make_base(model), options.lora.targets or family.lora_targets)
-        if options.memory.shard == "yes":
+        if cls.trains_text(options) and not family.text_encoders:
             raise UserError(
-                "memory.shard yes: a base that is spread over cards brings its blocks together while the LoRA's "
-                "gradients are averaged, and the two would wait for each other; leave it out (memory.stream yes keeps "
-                "the blocks on the host)"
+                f"lora.train_text_encoder: {family.name} has no text encoder that can be trained; leave it out"
+            )
+        if cls.trains_text(options) and family.pooled and options.memory.hoist == "yes":
+            raise UserError(
+                "memory.hoist yes: what the text encoder says enters the modulation, so it cannot be computed ahead "
+                "where lora.train_text_encoder changes it; leave one of them out"
             )
         if options.base.weights == "quanto":
             raise UserError(
@@ -217,14 +281,28 @@ class LoraAdapter(Adapter):
         return 0, 0
 
     @classmethod
-    def run_name(cls, options: TrainConfig) -> str:
+    def run_name(cls, options: TrainConfig, family: Family | None = None) -> str:
         return f"lora-{options.lora.rank}"
 
     @classmethod
+    def unused(cls, options: TrainConfig) -> list[str]:
+        heeded = options.lora.train_text_encoder and options.optimizer.kind != "prodigy"
+        return [] if heeded or options.lora.text_learning_rate is None else ["lora.text_learning_rate"]
+
+    @classmethod
+    def trains_text(cls, options: Any) -> bool:
+        return options.lora.train_text_encoder
+
+    @classmethod
     def begin(cls, start: Start) -> Attach:
+        texts = [
+            Text(kind, kind.load(start.model, start.dtype).to(start.device))
+            for kind in (start.family.text_encoders if cls.trains_text(start.options) else ())
+        ]
+
         def attach(base: torch.nn.Module) -> LoraAdapter:
             return cls(
-                start.family, base, start.options.lora, dtype=start.weights, device=start.device,
+                start.family, base, start.options.lora, texts=texts, dtype=start.weights, device=start.device,
                 seed=start.options.seed,
             )  # fmt: skip
 
@@ -232,7 +310,9 @@ class LoraAdapter(Adapter):
 
     @classmethod
     def empty(cls, family: Family, base: torch.nn.Module, like: Any, weights: torch.dtype) -> LoraAdapter:
-        return cls(family, base, like.lora, dtype=weights, device="meta")
+        kinds = family.text_encoders if cls.trains_text(like) else ()
+        texts = [Text(kind, kind.make(like.model).to(like.dtype)) for kind in kinds]
+        return cls(family, base, like.lora, texts=texts, dtype=weights, device="meta")
 
     def on_fewer_blocks(self) -> LoraAdapter:
         there = set(self.base.modules())
@@ -240,7 +320,32 @@ class LoraAdapter(Adapter):
         self.lora.pairs = torch.nn.ModuleList(self.lora.pairs[i] for i in kept)
         return self
 
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        return [text.encoder for text in self._texts]
+
+    def rates(self, options: TrainConfig) -> dict[str, float]:
+        if options.lora.text_learning_rate is None:
+            return {}
+        rate = options.lora.text_learning_rate / options.optimizer.learning_rate
+        return {name: rate for name, _ in self.named_parameters() if name.startswith("texts.")}
+
+    def inputs(
+        self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype, *, without: bool = False
+    ) -> Inputs:
+        said: dict[str, torch.Tensor] = {}
+        for text, pairs in zip(self._texts, self.lora.texts, strict=True):
+            assert isinstance(pairs, Pairs)
+            assert not (without and torch.is_grad_enabled()), "without the pairs there is nothing to train"
+            [ids] = batch.role(text.kind.tokens.name).values()
+            with pairs.off() if without else nullcontext():
+                found = text.kind.encode(text.encoder, ids)
+            said |= {f"{text.kind.layer}.{name}": tensor for name, tensor in found.items()}
+        heard = replace(batch, tensors={**batch.tensors, **said}) if said else batch
+        return super().inputs(heard, condition, dtype)
+
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
+        # What text encoders say is in the inputs; `scale` is the base's pairs'.
         # Looking at held-out samples is one process's business: the wrapper would have all of them take part.
         module = self.module if torch.is_grad_enabled() else self.bare
         if scale == 1.0:
@@ -255,16 +360,8 @@ class LoraAdapter(Adapter):
 
     def predict_without(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         assert not torch.is_grad_enabled(), "what is recomputed in backward would be with the pairs"
-        with self._off():
+        with self.lora.off():
             return self.lora(x_t, t, inputs)
-
-    @contextmanager
-    def _off(self) -> Iterator[None]:
-        self.lora.on = False
-        try:
-            yield
-        finally:
-            self.lora.on = True
 
     def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`FluxPipeline.load_lora_weights(folder)` reads it: peft's names below the base's, and what peft is told."""
@@ -275,12 +372,14 @@ class LoraAdapter(Adapter):
         named = {
             saved: tensors.get(ours, state[ours]).detach().cpu().contiguous() for ours, saved in self._names().items()
         }
-        about = {
-            "r": self.options.rank,
-            "lora_alpha": self.options.scale * self.options.rank,
-            "target_modules": self.lora.names,
-        }
-        told = {f"{self.family.base_component}.{key}": value for key, value in about.items()}
+        matched = {self.family.base_component: self.lora.names}
+        for text in self._texts:
+            matched[text.kind.component] = [text.kind.name_to_match(name) for name in text.shapes()]
+        told: dict[str, Any] = {}
+        for component, names in matched.items():
+            told[f"{component}.r"] = self.options.rank
+            told[f"{component}.lora_alpha"] = self.options.scale * self.options.rank
+            told[f"{component}.target_modules"] = names
         # One key alone: safetensors writes several in any order, and the same weights are to be the same file.
         save_file(named, folder / WEIGHTS, metadata={_METADATA: json.dumps(told)})
         return named
@@ -307,9 +406,13 @@ class LoraAdapter(Adapter):
 
     def _names(self) -> dict[str, str]:
         """Of each weight its name in `trained`, and in the file."""
+        pairs = {f"pairs.{i}": f"{self.family.base_component}.{name}" for i, name in enumerate(self.lora.names)}
+        for j, text in enumerate(self._texts):
+            kind, names = text.kind, text.shapes()
+            pairs |= {f"texts.{j}.pairs.{i}": f"{kind.component}.{kind.name_in_file(n)}" for i, n in enumerate(names)}
         return {
-            f"pairs.{i}.{part}.weight": f"{self.family.base_component}.{name}.{part}.weight"
-            for i, name in enumerate(self.lora.names)
+            f"{ours}.{part}.weight": f"{saved}.{part}.weight"
+            for ours, saved in pairs.items()
             for part in ("lora_A", "lora_B")
         }
 

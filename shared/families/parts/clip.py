@@ -106,15 +106,15 @@ class Clip(TextEncoder):
 
     def shapes(self, model: ModelFolder) -> dict[str, tuple[int, ...]]:
         encoder = self.make(model)
-        length = encoder.config.max_position_embeddings
-        said = self.encode(encoder, torch.zeros(1, length, dtype=torch.int32, device="meta"))
+        ids = torch.zeros(1, _config(encoder).max_position_embeddings, dtype=torch.int32, device="meta")
+        said = self.encode(encoder, ids)
         return {f"{self.layer}.{name}": tuple(tensor.shape[1:]) for name, tensor in said.items()}
 
     def encode(self, encoder: torch.nn.Module, ids: torch.Tensor) -> Tensors:
         return self._says(encoder, ids)
 
     def is_heard(self, encoder: torch.nn.Module, name: str) -> bool:
-        last_layer = encoder.config.num_hidden_layers - 1
+        last_layer = _config(encoder).num_hidden_layers - 1
         return self._says is not inner or f".layers.{last_layer}." not in f".{name}."
 
     def name_in_file(self, name: str) -> str:
@@ -144,6 +144,11 @@ def opened(
         if layer.name == encoder.tokens.name:
             return encoder.open_tokens(model)
     return None
+
+
+def _config(encoder: torch.nn.Module) -> Any:
+    """What an encoder was made with."""
+    return encoder.config
 
 
 def _ids(words: Any, captions: list[str]) -> torch.Tensor:
