@@ -2,7 +2,7 @@
 
     checkpoints/step-00000400/
       controlnet/            config.json, diffusion_pytorch_model.safetensors. Of a base that was trained itself it is
-                             transformer/, of a LoRA lora/ with pytorch_lora_weights.safetensors
+                             transformer/ or unet/, of a LoRA lora/ with pytorch_lora_weights.safetensors
       ema/                   the same of the average of the weights, in float32, where one is kept (train/ema.py)
       optimizer.safetensors  the optimizer's tensors, in 8 bit where it keeps 8 bit
       state.json             step, position of the loader, settings; checksums of every file here and its own.

@@ -33,8 +33,8 @@ class TrainConfig:
     """The cache that `make preprocess` made: a folder, or a URL (s3://, gs://, hf://, https://). Family, resolution,
     condition and precision come from it."""
     name: str | None = None
-    """The run is kept in RUNS/NAME. Default: depth-<depth>, or from-<folder> of a ControlNet to start from;
-    lora-<rank>; full."""
+    """The run is kept in RUNS/NAME. Default: depth-<depth>, controlnet where the base leaves no choice of it (SD), or
+    from-<folder> of a ControlNet to start from; lora-<rank>; full."""
     runs: str = "runs"
     """Folder of all runs."""
     model: str | None = None

@@ -16,7 +16,7 @@ import torch
 from shared.families.base import Family
 from shared.model_folder import ModelFolder
 from shared.report import Component, component
-from train import adapters, compile, eight_bit, sharding, streaming
+from train import adapters, checkpoints, compile, eight_bit, sharding, streaming
 from train.adapters.base import Adapter, Start
 from train.base_store import open_base
 from train.config import TrainConfig
@@ -108,7 +108,7 @@ def load(
     which is opened after all that may be refused of the adapter. `num_shapes`: how many shapes full batches will
     have. Raises `UserError`."""
     kind = adapters.get(options.adapter)
-    saved = None if checkpoint is None else checkpoint / kind.folder
+    saved = None if checkpoint is None else checkpoints.weights_of(checkpoint, "trained")
     attach = kind.begin(Start(options, family, model, device, weights, saved))
     base = open_frozen_base()
     adapter = attach(base.module)

@@ -10,7 +10,8 @@ runs/NAME/
   baseline/        see train/baseline.py
   tensorboard/
   checkpoints/     see train/checkpoints.py
-  controlnet       link to the newest checkpoint's ControlNet; lora, or transformer (a whole base)
+  controlnet       link to the newest checkpoint's ControlNet; lora, or of a whole base what its pipeline calls it,
+                   transformer or unet
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared import atomic, config
+from shared import atomic, config, families
 from shared.errors import UserError
 from shared.report import Component, git_revision, versions
 from train.config import TrainConfig, changed_experiment
+from train.objectives import Kind, ObjectiveOptions
 
 CONFIG, RUN, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 
@@ -51,7 +53,9 @@ class Run:
             recorded = yaml.safe_load((self.folder / CONFIG).read_text())
             before = config.completed(recorded, config.to_dict(type(options)()))
             stated = json.loads((self.folder / RUN).read_text())
-            changed = changed_experiment(config.differences(before, config.to_dict(options)))
+            kind = families.get(facts["family"]).objective
+            plain = (_spelled_out(each, kind) for each in (before, config.to_dict(options)))
+            changed = changed_experiment(config.differences(*plain))
         except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
             raise UserError(
                 f"{self.folder} is damaged, {CONFIG} or {RUN} cannot be read ({error}); choose another NAME"
@@ -156,6 +160,10 @@ def _finite(figures: dict[str, Any]) -> dict[str, Any]:
         for name, value in figures.items()
         if not (isinstance(value, float) and not math.isfinite(value))
     }
+
+
+def _spelled_out(options: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    return {**options, "objective": ObjectiveOptions.spelled_out(options["objective"], kind)}
 
 
 def _short(value: object) -> object:

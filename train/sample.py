@@ -22,7 +22,10 @@ from shared.config import load
 from shared.errors import UserError, run_command_line
 
 if TYPE_CHECKING:
+    import torch
+
     from shared.families.base import Family
+    from shared.model_folder import ModelFolder
     from train.adapters.base import Adapter
 
 _DISTILLED_GUIDANCE = 3.5
@@ -164,9 +167,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(run.json, config.yaml) of a run that has a checkpoint. Raises `UserError`."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} is no run: give the folder that `make train` named, for example runs/depth-2-4")
+    from train import checkpoints
+
     config = folder / "config.yaml"
     trained = yaml.safe_load(config.read_text()) if config.is_file() else {}
-    if not (folder / adapter_of(trained).folder).is_dir():
+    if checkpoints.linked(folder) is None:
         raise UserError(f"{folder} has no checkpoint yet: train until the first one (checkpoint.every) is saved")
     return json.loads((folder / "run.json").read_text()), trained
 
@@ -193,36 +198,23 @@ def sample(options: SampleConfig) -> int:
     facts, trained = read_run(folder)
     adapter = adapter_of(trained)
     if not adapter.conditioned:
-        return _sample_words(options, folder, facts, adapter)
+        return _sample_words(options, folder, facts, trained, adapter)
     if options.pairs is None and not options.image:
         raise UserError(_NOTHING)
     pairs = read_pairs(options)
     drawings = [read_drawing(pair.image, options.invert) for pair in pairs]  # all, before anything is loaded
 
-    import torch
-
-    from shared import families
     from shared.families.base import Order
-    from shared.model_folder import resolve
     from shared.pictures import grid
-    from shared.report import quiet_libraries, say, warn
-    from train import checkpoints
-    from train.objectives import ObjectiveOptions
+    from shared.report import say, warn
 
-    quiet_libraries()
-    controlnet = checkpoints.weights_of((folder / adapter.folder).resolve().parent, options.weights)
     sizes = [(width, height) for width, height in facts["sizes"]]
     placed = [np.asarray(fit(drawing, sizes)) for drawing in drawings]
     for pair, drawing in zip(pairs, placed, strict=True):
         if {"lineart", "canny"} & {*facts["condition"]} and drawing.mean() > 127:
             warn(f"{pair.image} is mostly white; the ControlNet was trained on white lines on black: try --invert True")
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
-    precise = options.precision == "fp32" or (options.precision == "auto" and device == "cpu")
-    family = families.get(facts["family"])
-    components = {family.base_component, "scheduler", *(part for kind in family.layers for part in kind.components)}
-    model = resolve(facts["model"]["name"], sorted(components), facts["model"]["revision"])
-    scheduler = ObjectiveOptions(**trained["objective"]).scheduler(family.objective)
-    paint = family.open_painter(model, controlnet, device, torch.float32 if precise else torch.bfloat16)
+    found = _found(options, folder, facts, trained)
+    paint = found.family.open_painter(found.model, found.weights, found.device, found.dtype)
 
     def painted(pair: Pair, drawing: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
         return paint(
@@ -231,13 +223,13 @@ def sample(options: SampleConfig) -> int:
                 prompts=[pair.prompt],
                 seeds=[pair.seed],
                 num_steps=options.steps,
-                guidance=_guidance(options, family),
+                guidance=found.guidance,
                 scale=scale,
                 text_length=facts["text_length"],
                 control_mode=trained["controlnet"]["control_mode"],
                 control_start=options.control_start,
                 control_end=options.control_end,
-                scheduler=scheduler if scale else {},  # the base alone paints as it always has
+                scheduler=found.scheduler if scale else {},  # the base alone paints as it always has
             )
         )[0]
 
@@ -257,39 +249,28 @@ def sample(options: SampleConfig) -> int:
     return 0
 
 
-def _sample_words(options: SampleConfig, folder: Path, facts: dict[str, Any], adapter: type[Adapter]) -> int:
+def _sample_words(
+    options: SampleConfig, folder: Path, facts: dict[str, Any], trained: dict[str, Any], adapter: type[Adapter]
+) -> int:
     """The same from words alone. Raises `UserError` where there are drawings, or a base is to be painted without."""
     if options.image or options.pairs is not None:
         raise UserError(f"{folder} is a run of adapter {adapter.name}, which sees no drawing: give PROMPT alone")
     if options.scale != 1.0 and not adapter.keeps_base:
         raise UserError(f"{folder} has trained the base itself, which acts by 1: leave scale out")
 
-    import torch
-
-    from shared import families
-    from shared.model_folder import resolve
     from shared.pictures import grid
-    from shared.report import quiet_libraries, say
-    from train import checkpoints
+    from shared.report import say
     from train.sample_plain import open_words
 
-    quiet_libraries()
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
-    precise = options.precision == "fp32" or (options.precision == "auto" and device == "cpu")
-    family = families.get(facts["family"])
-    components = {family.base_component, "scheduler", *(part for kind in family.layers for part in kind.components)}
+    found = _found(options, folder, facts, trained)
     paint = open_words(
-        family,
-        resolve(facts["model"]["name"], sorted(components), facts["model"]["revision"]),
-        adapter,
-        checkpoints.weights_of((folder / adapter.folder).resolve().parent, options.weights),
-        device,
-        torch.float32 if precise else torch.bfloat16,
+        found.family, found.model, adapter, found.weights, found.device, found.dtype,
         size=min(((w, h) for w, h in facts["sizes"]), key=lambda size: (abs(np.log(size[0] / size[1])), -size[0])),
         num_steps=options.steps,
-        guidance=_guidance(options, family),
+        guidance=found.guidance,
         text_length=facts["text_length"],
-    )
+        scheduler=found.scheduler,
+    )  # fmt: skip
     out = Path(options.out or folder / "samples" / f"words-{options.seed}")
     name, several = out.name.removesuffix(".png"), len(options.prompt) > 1
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -308,10 +289,47 @@ def _sample_words(options: SampleConfig, folder: Path, facts: dict[str, Any], ad
     return 0
 
 
-def _guidance(options: SampleConfig, family: Family) -> float:
-    if options.guidance is not None:
-        return options.guidance
-    return _DISTILLED_GUIDANCE if family.guidance_scale is None else family.guidance_scale
+@dataclass(frozen=True)
+class _Found:
+    """What a run has trained, and what it paints with."""
+
+    family: Family
+    model: ModelFolder
+    weights: Path
+    scheduler: dict[str, Any]
+    """Settings of the model's scheduler that training has changed."""
+    guidance: float
+    device: str
+    dtype: torch.dtype
+
+
+def _found(options: SampleConfig, folder: Path, facts: dict[str, Any], trained: dict[str, Any]) -> _Found:
+    """The model is fetched where it is not on this machine. Raises `UserError`."""
+    import torch
+
+    from shared import families
+    from shared.model_folder import resolve
+    from shared.report import quiet_libraries
+    from train import checkpoints
+    from train.objectives import ObjectiveOptions
+
+    quiet_libraries()
+    checkpoint = checkpoints.linked(folder)
+    assert checkpoint is not None, "`read_run` has seen one"
+    family = families.get(facts["family"])
+    components = {family.base_component, "scheduler", *(part for kind in family.layers for part in kind.components)}
+    guidance = _DISTILLED_GUIDANCE if family.guidance_scale is None else family.guidance_scale
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    precise = options.precision == "fp32" or (options.precision == "auto" and device == "cpu")
+    return _Found(
+        family=family,
+        model=resolve(facts["model"]["name"], sorted(components), facts["model"]["revision"]),
+        weights=checkpoints.weights_of(checkpoint, options.weights),
+        scheduler=ObjectiveOptions(**trained["objective"]).scheduler(family.objective),
+        guidance=guidance if options.guidance is None else options.guidance,
+        device=device,
+        dtype=torch.float32 if precise else torch.bfloat16,
+    )
 
 
 def _write(path: Path, picture: NDArray[np.uint8]) -> None:

@@ -28,7 +28,7 @@ from shared import atomic
 from shared.config import load, to_dict, to_yaml
 from shared.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, UserError, run_command_line
 from shared.report import progress, say, table, warn
-from train import adapters, children, grid, outcomes
+from train import adapters, checkpoints, children, grid, outcomes
 from train.grid import Experiment, SweepConfig
 from train.outcomes import DONE
 from train.stopping import Stop, stopping
@@ -131,10 +131,8 @@ class Record:
 
     @staticmethod
     def _is_done(experiment: Experiment, state: Mapping[str, Any]) -> bool:
-        return (
-            state.get("outcome") in DONE
-            and (experiment.folder / adapters.get(experiment.options.adapter).folder).is_dir()
-        )
+        folder = experiment.folder
+        return state.get("outcome") in DONE and folder.is_dir() and checkpoints.linked(folder) is not None
 
     def recipe(self, name: str) -> Path:
         """Where an experiment's options are."""

@@ -112,7 +112,7 @@ class _SideBySide:
         for name, options in self.runs.items():
             hold = stack.enter_context(ExitStack())
             with speaking_as(name), self._or_failed(name, hold):
-                begun = begin(options, hold)
+                begun = begin(replace(options, name=name), hold)
                 if begun is None:
                     self._done(name, hold)
                 else:

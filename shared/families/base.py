@@ -197,6 +197,8 @@ class Family(ABC):
     (or v) of a chain of steps, at t = 0, 1, ... 999, whose `noise_schedule` it has."""
     guidance_scale: ClassVar[float | None] = None
     """How far pictures are moved away from what the empty caption gives (classifier-free guidance). None: the base was
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
+    """What the family's pipelines are loaded with beside the model: None for components that painting does without."""
     distilled, one call does."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the base's linears that a LoRA acts on where nothing else is said."""
@@ -418,3 +420,13 @@ class Family(ABC):
     @abstractmethod
     def tiny(self, folder: Path, seed: int = 0) -> Path:
         """Write a pipeline of the same classes with a few thousand random parameters, for tests."""
+    def guided_from(self, model: ModelFolder, uncaptioned: Inputs) -> Inputs:
+        """What pictures are guided away from, with a `guidance_scale`, as the model's pipeline has it where it is given
+        no negative prompt. `uncaptioned`: the inputs with the empty caption, which it is by default."""
+        return uncaptioned
+
+    def scheduler_for(self, own: Any, changed: Mapping[str, Any]) -> Any:
+        """The scheduler to paint with in a pipeline that has its `own`: training has `changed` settings of it."""
+        assert not changed, f"training changes nothing of {self.name}'s scheduler"
+        return own
+

@@ -14,8 +14,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 from shared.cache.schema import Field
 from shared.errors import UserError
@@ -31,7 +29,7 @@ from shared.families.base import (
     Posterior,
     Tensors,
 )
-from shared.families.parts import autoencoder, clip, t5
+from shared.families.parts import autoencoder, clip, painter, t5
 from shared.families.parts.component import check_shapes, count_tokens
 from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.model_folder import ModelFolder
@@ -402,40 +400,10 @@ class Flux(Family):
         return decode
 
     def open_painter(self, model: ModelFolder, controlnet: Path, device: str, dtype: torch.dtype) -> Paint:
-        from diffusers import FluxControlNetModel, FluxControlNetPipeline
+        def told(order: Order) -> dict[str, Any]:
+            return {"control_mode": order.control_mode, "max_sequence_length": order.text_length}
 
-        pipeline = FluxControlNetPipeline.from_pretrained(
-            model.path,
-            controlnet=FluxControlNetModel.from_pretrained(controlnet, dtype=dtype),
-            dtype=dtype,
-        )
-        pipeline.set_progress_bar_config(disable=None)
-        modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        needed = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-        if device == "cuda" and needed > 0.8 * torch.cuda.get_device_properties(0).total_memory:
-            pipeline.enable_model_cpu_offload()  # one component on the GPU at a time: FLUX.1-dev with T5 needs 34 GB
-        else:
-            pipeline.to(device)
-
-        def paint(order: Order) -> list[NDArray[np.uint8]]:
-            height, width = order.drawings[0].shape[:2]
-            pictures = pipeline(
-                prompt=order.prompts,
-                control_image=[Image.fromarray(drawing) for drawing in order.drawings],
-                control_mode=order.control_mode,
-                height=height,
-                width=width,
-                num_inference_steps=order.num_steps,
-                guidance_scale=order.guidance,
-                controlnet_conditioning_scale=order.scale,
-                control_guidance_start=order.control_start,
-                control_guidance_end=order.control_end,
-                max_sequence_length=order.text_length,
-                generator=[torch.Generator().manual_seed(seed) for seed in order.seeds],
-            ).images
-            return [np.asarray(picture) for picture in pictures]
-
-        return paint
+        return painter.open_painter(self, model, controlnet, device, dtype, told)
 
     def tiny(self, folder: Path, seed: int = 0) -> Path:
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel

@@ -14,9 +14,8 @@ from typing import Any, ClassVar, final
 import torch
 
 from shared.cache.schema import Field
-from shared.families.base import Batch, Inputs, LayerKind, Paint
+from shared.families.base import Batch, Inputs, LayerKind
 from shared.families.parts import clip
-from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.families.parts.latent_diffusion import LatentDiffusion
 from shared.model_folder import ModelFolder
 
@@ -28,6 +27,9 @@ class StableDiffusion15(LatentDiffusion):
     name = "sd15"
     default_model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pipeline_class = "StableDiffusionControlNetPipeline"
+    pipeline_options: ClassVar[Mapping[str, Any]] = {
+        "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+    }  # fmt: skip
     licences: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5": {"license": "creativeml-openrail-m"},
         "CompVis/stable-diffusion-v1-4": {"license": "creativeml-openrail-m"},
@@ -64,19 +66,6 @@ class StableDiffusion15(LatentDiffusion):
     def inputs(self, batch: Batch, condition: torch.Tensor | None, dtype: torch.dtype) -> Inputs:
         embeds = {"encoder_hidden_states": batch.tensors["clip.prompt_embeds"].to(dtype)}
         return Inputs(condition=condition, embeds=embeds, height=batch.height, width=batch.width)
-
-    def open_painter(self, model: ModelFolder, controlnet: Path, device: str, dtype: torch.dtype) -> Paint:
-        from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-        pipeline = StableDiffusionControlNetPipeline.from_pretrained(
-            model.path,
-            controlnet=ControlNetModel.from_pretrained(controlnet_folder(str(controlnet)), dtype=dtype),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            dtype=dtype,
-        )
-        return self.paint_with(pipeline, device)
 
     def tiny(self, folder: Path, seed: int = 0) -> Path:
         from diffusers import StableDiffusionPipeline, UNet2DConditionModel

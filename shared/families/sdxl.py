@@ -6,7 +6,9 @@ stable-diffusion-xl-base-1.0 as diffusers runs it (StableDiffusionXLControlNetPi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -14,9 +16,8 @@ import torch
 
 from shared.cache.schema import Field
 from shared.errors import UserError
-from shared.families.base import Batch, Inputs, LayerKind, Paint
+from shared.families.base import Batch, Inputs, LayerKind
 from shared.families.parts import clip, sizes
-from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.families.parts.latent_diffusion import LatentDiffusion
 from shared.model_folder import ModelFolder
 
@@ -28,6 +29,7 @@ class StableDiffusionXL(LatentDiffusion):
     name = "sdxl"
     default_model = "stabilityai/stable-diffusion-xl-base-1.0"
     pipeline_class = "StableDiffusionXLControlNetPipeline"
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
     licences: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "stabilityai/stable-diffusion-xl-base-1.0": {"license": "openrail++"},
     }
@@ -95,20 +97,19 @@ class StableDiffusionXL(LatentDiffusion):
         }
         return Inputs(condition=condition, embeds=embeds, height=batch.height, width=batch.width)
 
+    def guided_from(self, model: ModelFolder, uncaptioned: Inputs) -> Inputs:
+        """Zeros in the place of both embeddings, where the model's pipeline has them so (SDXL's base has)."""
+        index = model.path / "model_index.json"
+        told = json.loads(index.read_text()) if index.is_file() else {}
+        if not told.get("force_zeros_for_empty_prompt", True):
+            return uncaptioned
+        words = ("encoder_hidden_states", "text_embeds")
+        zeros = {name: torch.zeros_like(uncaptioned.embeds[name]) for name in words}
+        return replace(uncaptioned, embeds={**uncaptioned.embeds, **zeros})
+
     def conditioning(self, inputs: Inputs) -> dict[str, Any]:
         added = {name: inputs.embeds[name] for name in ("text_embeds", "time_ids")}
         return {"encoder_hidden_states": inputs.embeds["encoder_hidden_states"], "added_cond_kwargs": added}
-
-    def open_painter(self, model: ModelFolder, controlnet: Path, device: str, dtype: torch.dtype) -> Paint:
-        from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
-
-        pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(
-            model.path,
-            controlnet=ControlNetModel.from_pretrained(controlnet_folder(str(controlnet)), dtype=dtype),
-            add_watermarker=False,
-            dtype=dtype,
-        )
-        return self.paint_with(pipeline, device)
 
     def tiny(self, folder: Path, seed: int = 0) -> Path:
         from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel

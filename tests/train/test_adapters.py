@@ -1,73 +1,220 @@
-"""Every adapter trains on every family, through nothing but what the two answer."""
+"""Every adapter trains on every family, through nothing but what the two answer: its step is that of diffusers' own
+modules, a run learns and resumes, and what it leaves is sampled, exported, compared and painted with by diffusers alone."""
 
 from __future__ import annotations
 
+import json
+import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared import families
+from shared.cache.reader import Cache
 from shared.errors import UserError
+from tests.prepared import Prepared
 from tests.train.conftest import content, losses, metrics, train_options
-from tests.train.test_latent_diffusion import cache  # noqa: F401
+from tests.train.test_latent_diffusion import NAMES, cache_of, losses_of, moved, trainer
 from train import adapters
-from train.preparation import ground_of
+from train.export import ExportConfig, export
+from train.sample import SampleConfig, sample
 from train.trainer import train
 
-LOOKS = {"every": 8, "samples": 4, "timesteps": 4, "pictures_every": 8, "pictures": 1, "adherence_every": 0}
+FAMILIES = ("flux", *NAMES)
+ADAPTERS = ("controlnet", "full", "lora")
+RATES = {"controlnet": 3e-3, "full": 1e-3, "lora": 1e-2}
+LEARNS = {"controlnet": 0.95, "full": 0.82, "lora": 0.98}
+"""What of the held-out loss is left after `STEPS`, at most."""
+STEPS = 24
+LOOKS = {"every": STEPS, "samples": 4, "timesteps": 4, "pictures_every": STEPS, "pictures": 1}
+DIFFUSERS = Prepared(
+    (
+        "diffusers.pipelines.controlnet.pipeline_controlnet", "diffusers.pipelines.controlnet.pipeline_controlnet_sd_xl",
+        "diffusers.pipelines.flux.pipeline_flux_controlnet",
+    ),
+    {"CUDA_VISIBLE_DEVICES": ""},
+)  # fmt: skip
+"""A process that knows nothing of this project."""
 
 
-def options_of(adapter: str, cache: Path, runs: Path, **changes: Any) -> Any:  # noqa: F811
+def options_of(adapter: str, cache: Path, runs: Path, **changes: Any) -> Any:
     base = {"weights": "none" if adapter == "full" else "int8"}
-    rate = 1e-2 if adapter == "lora" else 1e-3
-    optimizer = {"kind": "adamw", "learning_rate": rate, "warmup_steps": 0}
-    return train_options(cache, runs, adapter=adapter, base=base, optimizer=optimizer, **changes)
+    optimizer = {"kind": "adamw", "learning_rate": RATES[adapter], "warmup_steps": 2}
+    given = {"depth": "2-4" if Cache(cache).family != "flux" or adapter != "controlnet" else "1-1", **changes}
+    return train_options(cache, runs, **{"adapter": adapter, "base": base, "optimizer": optimizer, **given})
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_a_lora_and_a_whole_base_of_stable_diffusion_learn_resume_and_are_loaded_by_diffusers(
-    adapter: str,
-    cache: Path,  # noqa: F811
-    tmp_path: Path,
+@pytest.fixture(scope="module", params=FAMILIES)
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cache_of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def run(request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of each adapter on each family, looked at and followed by a tracker."""
+    runs = tmp_path_factory.mktemp(request.param)
+    options = options_of(
+        request.param, cache, runs, name=f"{Cache(cache).family}-{request.param}", steps=STEPS,
+        loader={"batch_size": 4}, validation=LOOKS, tracker="tensorboard",
+    )  # fmt: skip
+    assert train(options) == 0
+    return runs / options.run_name
+
+
+def family_of(run: Path) -> Any:
+    return families.get(json.loads((run / "run.json").read_text())["family"])
+
+
+def adapter_of(run: Path) -> Any:
+    return adapters.get(run.name.partition("-")[2])
+
+
+def model_of(run: Path) -> str:
+    return json.loads((run / "run.json").read_text())["model"]["name"]
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("adapter", ["full", "lora"])  # a ControlNet's: test_latent_diffusion
+def test_a_step_s_loss_and_gradients_are_those_of_diffusers_and_peft_s_own_modules(
+    adapter: str, name: str, tmp_path: Path
 ) -> None:
-    assert train(options_of(adapter, cache, tmp_path, name="whole", steps=8, validation=LOOKS)) == 0
-    for steps in (4, 8):
-        assert train(options_of(adapter, cache, tmp_path, name="resumed", steps=steps)) == 0
+    """FLUX's are held to them from the pictures on: test_controlnet, test_full, test_lora."""
+    options = {"snr_gamma": 5.0, "prediction": "v"}
+    with ExitStack() as stack:
+        lora = {"rank": 4, "alpha": 2.0, "weights": "fp32"}
+        given = {"base": {"weights": "none"}, "objective": options, "lora": lora}
+        made = trainer(stack, cache_of(name, tmp_path), tmp_path, adapter=adapter, **given)
+        moved(made)
+        batch = next(iter(made.loader))[0]
+        ours = made.step.loss(batch)
+        ours.mean().backward()
+        gradients = {name: parameter.grad for name, parameter in made.adapter.named_parameters()}
+
+        model = Path(made.model.path)
+        made.adapter.save(tmp_path / "saved")
+        if adapter == "full":
+            unet = UNet2DConditionModel.from_pretrained(tmp_path / "saved")
+            expected = dict(unet.named_parameters())
+        else:
+            pytest.importorskip("peft")
+            pipeline = DiffusionPipeline.from_pretrained(model)
+            pipeline.load_lora_weights(tmp_path / "saved")
+            unet = pipeline.unet
+            weights = {name: p.requires_grad_() for name, p in unet.named_parameters() if "lora" in name}
+            named = {saved: own for own, saved in made.adapter._names().items()}  # type: ignore[attr-defined]
+            expected = {named[f"unet.{name.replace('.default_0', '')}"]: p for name, p in weights.items()}
+        theirs = losses_of(made, batch, options, unet)
+        theirs.mean().backward()
+
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert gradients.keys() == expected.keys()
+    largest = max(float(p.grad.abs().max()) for p in expected.values() if p.grad is not None)
+    assert largest > 0
+    for each, gradient in gradients.items():
+        assert gradient is not None, each
+        assert (gradient - expected[each].grad).abs().max() <= 1e-5 * largest, each
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_is_shown_to_the_tracker_with_its_pictures(run: Path) -> None:
+    looked = [line["held_out"] for line in metrics(run) if "held_out" in line]
+    left = looked[-1]["loss"] / looked[0]["loss"]
+    print(f"{run.name}: held-out loss {looked[0]['loss']:.4f} -> {looked[-1]['loss']:.4f}, {left:.3f}")
+    assert left < LEARNS[adapter_of(run).name]
+    picture = Image.open(run / "pictures" / f"step-{STEPS:08d}.png")
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    [image] = events.Images("held_out")
+    assert (image.step, image.width, image.height) == (STEPS, *picture.size)
+    assert [event.value for event in events.Scalars("held_out/loss")] == [
+        pytest.approx(figures["loss"]) for figures in looked
+    ]
+    assert len(events.Scalars("train/loss")) == STEPS
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_run_of_stable_diffusion_goes_on_to_the_bit(adapter: str, name: str, tmp_path: Path) -> None:
+    """As FLUX's, and as a ControlNet, do: test_resume, test_latent_diffusion."""
+    made = cache_of(name, tmp_path)
+    for run, stops in (("whole", (4,)), ("resumed", (2, 4))):
+        for steps in stops:
+            assert train(options_of(adapter, made, tmp_path, name=run, steps=steps)) == 0
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
-    kind = adapters.get(adapter)
-    assert content(tmp_path / "resumed" / kind.folder) == content(tmp_path / "whole" / kind.folder)
-    looked = [line["held_out"]["loss"] for line in metrics(tmp_path / "whole") if "held_out" in line]
-    assert looked[-1] < 0.99 * looked[0]
-    assert (tmp_path / "whole" / "pictures" / "step-00000008.png").is_file()
-
-    ground = ground_of(options_of(adapter, cache, tmp_path))
-    if adapter == "full":
-        trained = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "whole" / kind.folder)
-        before = diffusers.UNet2DConditionModel.from_pretrained(ground.model.path / "unet")
-        assert trained.config.keys() == before.config.keys()
-        assert not torch.equal(trained.conv_in.weight, before.conv_in.weight)
-        return
-    pytest.importorskip("peft")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(ground.model.path)
-    pipeline.load_lora_weights(tmp_path / "whole" / kind.folder)
-    loaded = {name for name, p in pipeline.unet.named_parameters() if "lora_B" in name and p.any()}
-    saved = [name for name in kind_names(tmp_path / "whole" / kind.folder) if "lora_B" in name]
-    assert len(loaded) == len(saved) > 10
+    folder = {"full": "unet", "lora": "lora"}[adapter]
+    assert content(tmp_path / "resumed" / folder) == content(tmp_path / "whole" / folder)
 
 
-def kind_names(folder: Path) -> list[str]:
-    from safetensors.torch import load_file
+# --- what it leaves -------------------------------------------------------------------------------------------------
 
-    return list(load_file(folder / "pytorch_lora_weights.safetensors"))
+_WITHOUT = {
+    "controlnet": "controlnet_conditioning_scale=1.0 -> controlnet_conditioning_scale=0.0",
+    "full": "{component}=trained, -> ",
+    "lora": 'pipeline.load_lora_weights("{out}") -> ',
+}
+
+
+def test_the_card_s_code_paints_with_the_export_in_another_process_and_otherwise_than_the_base(
+    run: Path, tmp_path: Path
+) -> None:
+    family, adapter = family_of(run), adapter_of(run)
+    if adapter.name == "lora":
+        pytest.importorskip("peft")
+    out = export(ExportConfig(run=str(run), out=str(tmp_path / "out"), precision="fp32"))
+    card = (out / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    model = model_of(run)
+    for given, here in (
+        ("YOUR-NAME/YOUR-MODEL", str(out)), (f'"{Path(model).name}"', f'"{model}"'), ('"cuda"', '"cpu"'),
+        ("torch.bfloat16", "torch.float32"), ("num_inference_steps=28", "num_inference_steps=2, generator=seeded()"),
+    ):  # fmt: skip
+        assert given in code, given
+        code = code.replace(given, here)
+    code = "def seeded():\n    return torch.Generator().manual_seed(0)\n\n\n" + code
+    drawn = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(drawn).save(tmp_path / "drawing.png")
+    words = _WITHOUT[adapter.name].format(component=family.base_component, out=out).split(" -> ")
+    assert words[0] in code
+    both = f"{code}\nimport sys\nassert not any(n.split('.')[0] in ('shared', 'train') for n in sys.modules)\n" + (
+        f"first = picture\n{code.replace(words[0], words[1])}\n"
+        "import numpy\nfound = [numpy.asarray(each).astype(int) for each in (first, picture)]\n"
+        "print(found[0].shape, abs(found[1] - found[0]).max())"
+    )
+    done = DIFFUSERS.run(both, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("(64, 64, 3)")
+    assert int(done.stdout.split()[-1]) > 2
+
+
+def test_it_is_sampled(run: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(run)
+    if adapter.name == "lora":
+        pytest.importorskip("peft")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "drawing.png")
+    drawing = (str(tmp_path / "drawing.png"),) if adapter.conditioned else ()
+    options = SampleConfig(
+        run=str(run), image=drawing, prompt=("a box",), steps=2, device="cpu", out=str(tmp_path / "picture.png")
+    )
+    assert sample(options) == 0
+    assert Image.open(tmp_path / "picture.png").size == (64, 64)
+    columns = 1 + adapter.keeps_base + adapter.conditioned
+    assert Image.open(tmp_path / "picture-grid.png").width == columns * 64 + (columns - 1) * 2
 
 
 def test_the_folder_is_the_registry() -> None:
     assert adapters.names() == ["controlnet", "full", "lora"]
     assert {adapters.get(name).name for name in adapters.names()} == set(adapters.names())
-    assert len({adapters.get(name).folder for name in adapters.names()}) == 3
     with pytest.raises(UserError, match="unknown adapter 'lore': did you mean 'lora'"):
         adapters.get("lore")
     for family in families.names():

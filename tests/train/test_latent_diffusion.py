@@ -26,7 +26,7 @@ from preprocess.pipeline import preprocess
 from shared import families
 from shared.cache.reader import Cache
 from shared.errors import UserError
-from shared.families.base import Inputs
+from shared.families.base import Batch, Inputs
 from tests.conftest import preprocess_options, write_data
 from tests.train.conftest import content, controlnet_bytes, losses, metrics, train_options
 from train.baseline import Baseline
@@ -46,15 +46,18 @@ NAMES = ("sd15", "sdxl")
 
 @pytest.fixture(scope="module", params=NAMES)
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of 16 drawn pictures, 4 of which are held out."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model = families.get(request.param).tiny(folder / "model")
+    return cache_of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def cache_of(family: str, folder: Path) -> Path:
+    """A cache of 16 drawn pictures, 4 of which are held out, for a tiny model of this family."""
+    model = families.get(family).tiny(folder / "model")
     data = write_data(folder / "data", 16, sizes=((64, 64),))
     lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):
         line["split"] = "validation" if i < 4 else "train"
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert preprocess(preprocess_options(data, folder / "cache", model, family=request.param, text_length=None)) == 0
+    assert preprocess(preprocess_options(data, folder / "cache", model, family=family, text_length=None)) == 0
     return folder / "cache"
 
 
@@ -90,29 +93,10 @@ def test_a_step_s_loss_and_gradients_are_those_of_diffusers_own_modules(
     ours = made.step.loss(batch)
     ours.mean().backward()
 
-    model = Path(made.model.path)
-    unet = UNet2DConditionModel.from_pretrained(model / "unet").requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(Path(made.model.path) / "unet").requires_grad_(False)
     made.adapter.save(tmp_path / "controlnet")
     controlnet = ControlNetModel.from_pretrained(tmp_path / "controlnet")
-    scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
-    generator = torch.Generator().manual_seed(seed_of(0, batch.position, NOISE))
-    mean, std = batch.tensors["latents.mean"], batch.tensors["latents.std"]
-    x_0 = (mean + std * torch.randn(mean.shape, generator=generator)) * made.model.config("vae")["scaling_factor"]
-    noise = torch.randn(x_0.shape, generator=generator)
-    t = made.step.times(batch.position, len(batch)).long()
-    x_t = scheduler.add_noise(x_0, noise, t)
-    told = arguments(made, batch.tensors)
-    pixels = (batch.tensors["condition_pixels.pixels"].float() / 255).expand(-1, 3, -1, -1)
-    down, middle = controlnet(x_t, t, controlnet_cond=pixels, return_dict=False, **told)
-    prediction = unet(
-        x_t, t, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False, **told
-    )[0]
-    predicts_v = options.get("prediction") == "v"
-    target = scheduler.get_velocity(x_0, noise, t) if predicts_v else noise
-    theirs = (prediction - target).square().mean(dim=(1, 2, 3))
-    if options["snr_gamma"]:
-        snr = compute_snr(scheduler, t)
-        theirs = theirs * snr.clamp(max=5.0) / (snr + 1 if predicts_v else snr)
+    theirs = losses_of(made, batch, options, unet, controlnet)
     theirs.mean().backward()
 
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -124,6 +108,32 @@ def test_a_step_s_loss_and_gradients_are_those_of_diffusers_own_modules(
     for name, gradient in gradients.items():
         assert gradient is not None
         assert (gradient - expected[name].grad).abs().max() <= 1e-5 * largest, name
+
+
+def losses_of(made: Trainer, batch: Batch, options: dict[str, Any], unet: Any, controlnet: Any = None) -> torch.Tensor:
+    """The loss of each sample (B,) of this batch, as diffusers' own modules and scheduler have it: what the trainer's
+    first step computes under these options of the objective."""
+    scheduler = DDPMScheduler.from_pretrained(Path(made.model.path) / "scheduler")
+    generator = torch.Generator().manual_seed(seed_of(0, batch.position, NOISE))
+    mean, std = batch.tensors["latents.mean"], batch.tensors["latents.std"]
+    x_0 = (mean + std * torch.randn(mean.shape, generator=generator)) * made.model.config("vae")["scaling_factor"]
+    noise = torch.randn(x_0.shape, generator=generator)
+    t = made.step.times(batch.position, len(batch)).long()
+    x_t = scheduler.add_noise(x_0, noise, t)
+    told = arguments(made, batch.tensors)
+    residuals: dict[str, Any] = {}
+    if controlnet is not None:
+        pixels = (batch.tensors["condition_pixels.pixels"].float() / 255).expand(-1, 3, -1, -1)
+        down, middle = controlnet(x_t, t, controlnet_cond=pixels, return_dict=False, **told)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    prediction = unet(x_t, t, return_dict=False, **residuals, **told)[0]
+    predicts_v = options.get("prediction") == "v"
+    target = scheduler.get_velocity(x_0, noise, t) if predicts_v else noise
+    found = (prediction - target).square().mean(dim=(1, 2, 3))
+    if gamma := options["snr_gamma"]:
+        snr = compute_snr(scheduler, t)
+        found = found * snr.clamp(max=gamma) / (snr + 1 if predicts_v else snr)
+    return found
 
 
 def arguments(made: Trainer, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class ControlNetAdapter(Adapter):
     """The ControlNet with its frozen base: predicts with and without it."""
 
     name: ClassVar[str] = "controlnet"
-    folder: ClassVar[str] = "controlnet"
+    folder = "controlnet"
     weights_file: ClassVar[str] = WEIGHTS
     title: ClassVar[str] = "ControlNet"
     conditioned: ClassVar[bool] = True
@@ -114,9 +114,10 @@ class ControlNetAdapter(Adapter):
         return family.controlnet_depth(start if saved is None else str(saved))
 
     @classmethod
-    def run_name(cls, options: TrainConfig) -> str:
-        start = options.controlnet.start_from
-        return f"depth-{options.depth}" if start is None else f"from-{Path(start).name}"
+    def run_name(cls, options: TrainConfig, family: Family | None = None) -> str:
+        if (start := options.controlnet.start_from) is not None:
+            return f"from-{Path(start).name}"
+        return f"depth-{options.depth}" if family is None or family.has_depths else cls.name
 
     @classmethod
     def unused(cls, options: TrainConfig) -> list[str]:

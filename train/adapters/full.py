@@ -46,7 +46,6 @@ class FullAdapter(Adapter):
     """The base, trained."""
 
     name: ClassVar[str] = "full"
-    folder: ClassVar[str] = "transformer"
     weights_file: ClassVar[str] = WEIGHTS
     title: ClassVar[str] = "base"
     conditioned: ClassVar[bool] = False
@@ -56,6 +55,7 @@ class FullAdapter(Adapter):
         """The base, unquantized, begins to be trained."""
         self.family, self.base, self.options, self.guidance = family, base, options, options.guidance
         self.trained = base.requires_grad_(True).train()
+        self.folder = family.base_component
         self.bare = self.module = _Predicting(family, base, options.guidance)
 
     @classmethod
@@ -92,7 +92,7 @@ class FullAdapter(Adapter):
         return 0, 0
 
     @classmethod
-    def run_name(cls, options: TrainConfig) -> str:
+    def run_name(cls, options: TrainConfig, family: Family | None = None) -> str:
         return "full"
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -81,6 +82,15 @@ class ObjectiveOptions:
             )
         if not (math.isfinite(self.snr_gamma) and self.snr_gamma >= 0):
             raise UserError(f"objective.snr_gamma must be above 0, or 0 for none, but is {self.snr_gamma}")
+
+    @staticmethod
+    def spelled_out(recorded: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+        """Options as a run has recorded them, with what `auto` was for an objective of this kind in its place: two
+        runs of which one named what the other left open are equal then."""
+        plain = dict(recorded)
+        if plain.get("timesteps") == "auto":
+            plain["timesteps"] = _AUTO[kind]
+        return plain
 
     def timesteps_of(self, kind: Kind) -> Timesteps:
         """The distribution of t that an objective of this kind draws from: never `auto`."""

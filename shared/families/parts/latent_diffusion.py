@@ -14,15 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 from shared.cache.schema import Field
 from shared.errors import UserError
-from shared.families.base import Batch, Decode, Encode, Family, Inputs, LayerKind, Order, Paint, Posterior, Tensors
-from shared.families.parts import autoencoder, clip, pixels
+from shared.families.base import Batch, Decode, Encode, Family, Inputs, LayerKind, Paint, Posterior, Tensors
+from shared.families.parts import autoencoder, clip, painter, pixels
 from shared.families.parts.component import check_shapes, count_tokens, loaded
 from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.model_folder import ModelFolder
@@ -372,31 +369,12 @@ class LatentDiffusion(Family):
 
     # Inference
 
-    def paint_with(self, pipeline: Any, device: str) -> Paint:
-        """`open_painter` from the pipeline, which is loaded. Where training has changed the scheduler, DDIM paints:
-        others know nothing of some settings."""
-        own = pipeline.scheduler
-        pipeline.set_progress_bar_config(disable=None)
-        pipeline.to(device)
+    def scheduler_for(self, own: Any, changed: Mapping[str, Any]) -> Any:
+        """DDIM, with what training has changed: others know nothing of some settings."""
+        return _ddim({**SCHEDULER, **own.config, **changed}) if changed else own
 
-        def paint(order: Order) -> list[NDArray[np.uint8]]:
-            height, width = order.drawings[0].shape[:2]
-            pipeline.scheduler = _ddim({**SCHEDULER, **own.config, **order.scheduler}) if order.scheduler else own
-            pictures = pipeline(
-                prompt=order.prompts,
-                image=[Image.fromarray(drawing) for drawing in order.drawings],
-                height=height,
-                width=width,
-                num_inference_steps=order.num_steps,
-                guidance_scale=order.guidance,
-                controlnet_conditioning_scale=order.scale,
-                control_guidance_start=order.control_start,
-                control_guidance_end=order.control_end,
-                generator=[torch.Generator().manual_seed(seed) for seed in order.seeds],
-            ).images
-            return [np.asarray(picture) for picture in pictures]
-
-        return paint
+    def open_painter(self, model: ModelFolder, controlnet: Path, device: str, dtype: torch.dtype) -> Paint:
+        return painter.open_painter(self, model, controlnet, device, dtype)
 
 
 def _entrance(controlnet: torch.nn.Module, dtype: torch.dtype) -> Tensors:
