@@ -181,14 +181,14 @@ def _rescheduled(card: Card) -> str:
 
 def _plain_code(card: Card, width: int, height: int) -> str:
     """A program that paints from words alone."""
+    classes = ["DiffusionPipeline", *(["DDIMScheduler"] if card.scheduler else [])]
     if card.adapter == "lora":
-        imported = "DiffusionPipeline"
         load = f"""\
 pipeline = DiffusionPipeline.from_pretrained("{card.base}", torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights("{REPO}")
 pipeline.to("cuda")"""
     else:
-        imported = f"DiffusionPipeline, {card.base_class}"
+        classes.append(card.base_class)
         load = f"""\
 trained = {card.base_class}.from_pretrained("{REPO}", torch_dtype=torch.bfloat16)
 pipeline = DiffusionPipeline.from_pretrained(
@@ -196,9 +196,9 @@ pipeline = DiffusionPipeline.from_pretrained(
 ).to("cuda")"""
     return f"""\
 import torch
-from diffusers import {imported}
+from diffusers import {", ".join(sorted(classes))}
 
-{load}
+{load}{_rescheduled(card)}
 picture = pipeline("what to paint", width={width}, height={height}, num_inference_steps=28).images[0]
 picture.save("picture.png")"""
 

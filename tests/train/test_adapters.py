@@ -1,17 +1,17 @@
 """Every adapter trains on every family, through nothing but what the two answer: its step is that of diffusers' own
-modules, a run learns and resumes, and what it leaves is sampled, exported, compared and painted with by diffusers alone."""
+modules, a run learns and resumes, and what it leaves is sampled, exported, and painted with by diffusers alone."""
 
 from __future__ import annotations
 
 import json
 import re
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,7 +36,8 @@ STEPS = 24
 LOOKS = {"every": STEPS, "samples": 4, "timesteps": 4, "pictures_every": STEPS, "pictures": 1}
 DIFFUSERS = Prepared(
     (
-        "diffusers.pipelines.controlnet.pipeline_controlnet", "diffusers.pipelines.controlnet.pipeline_controlnet_sd_xl",
+        "diffusers.pipelines.controlnet.pipeline_controlnet",
+        "diffusers.pipelines.controlnet.pipeline_controlnet_sd_xl",
         "diffusers.pipelines.flux.pipeline_flux_controlnet",
     ),
     {"CUDA_VISIBLE_DEVICES": ""},
@@ -210,6 +211,28 @@ def test_it_is_sampled(run: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "picture.png").size == (64, 64)
     columns = 1 + adapter.keeps_base + adapter.conditioned
     assert Image.open(tmp_path / "picture-grid.png").width == columns * 64 + (columns - 1) * 2
+
+
+def test_what_training_changed_of_the_scheduler_paints_words_too_and_parts_that_painting_needs_not_may_be_away(
+    tmp_path: Path,
+) -> None:
+    made = cache_of("sd15", tmp_path)
+    index = Path(Cache(made).manifest["model"]["name"]) / "model_index.json"
+    listed = json.loads(index.read_text())
+    listed["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # which no one has fetched
+    listed["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index.write_text(json.dumps(listed))
+    painted = []
+    for name, changed in (("as-it-was", {}), ("v", {"prediction": "v", "zero_terminal_snr": True})):
+        options = options_of("full", made, tmp_path, name=name, steps=1, objective=changed)
+        assert train(replace(options, optimizer=replace(options.optimizer, learning_rate=1e-12))) == 0
+        words = SampleConfig(run=str(tmp_path / name), prompt=("a box",), steps=2, device="cpu", guidance=1.0)
+        assert sample(words) == 0
+        painted.append(np.asarray(Image.open(tmp_path / name / "samples" / "words-0.png")).astype(int))
+        out = export(ExportConfig(run=str(tmp_path / name), licence="mit", base="me/tiny"))
+        card = (out / "README.md").read_text()
+        assert ("rescale_betas_zero_snr=True" in card) == bool(changed)
+    assert abs(painted[0] - painted[1]).max() > 2
 
 
 def test_the_folder_is_the_registry() -> None:
