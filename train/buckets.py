@@ -67,11 +67,18 @@ class Bucket:
     pieces: list[Piece]
     num_bytes: int
     """Of the buffer that holds their states."""
+    rate: float = 1.0
+    """What the learning rate is multiplied by for them."""
 
     @property
     def num_weights(self) -> int:
         """Single values."""
         return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+def in_blocks(numel: int) -> bool:
+    """Whether a weight of so many values has its moments in 8 bits, where that is wanted."""
+    return numel >= MIN_8BIT_NUMEL
 
 
 def is_large(parameter: torch.Tensor, chunk_numel: int = CHUNK_NUMEL) -> bool:
@@ -80,24 +87,34 @@ def is_large(parameter: torch.Tensor, chunk_numel: int = CHUNK_NUMEL) -> bool:
 
 
 def make_buckets(
-    parameters: Mapping[str, torch.nn.Parameter], *, eight_bit: bool, master: bool, chunk_numel: int = CHUNK_NUMEL
+    parameters: Mapping[str, torch.nn.Parameter],
+    *,
+    eight_bit: bool | frozenset[str],
+    master: bool,
+    chunk_numel: int = CHUNK_NUMEL,
+    rates: Mapping[str, float] | None = None,
 ) -> list[Bucket]:
-    """Buckets of pieces alike in dtype and state, in the order of the parameters, large and small apart; none holds
-    more weights than a chunk or than the largest parameter. They depend on the names, shapes and dtypes alone."""
+    """Buckets of pieces alike in dtype, state and rate, in the order of the parameters, large and small apart; none
+    holds more weights than a chunk or than the largest parameter. They depend on the names, shapes, dtypes and rates
+    alone.
+
+    `eight_bit`: whether moments are kept in 8 bits, or the names of the weights of which they are. `rates`: what the
+    learning rate is multiplied by, of the weights for which it is."""
     assert chunk_numel % BLOCK_NUMEL == 0, chunk_numel
     limit = min(chunk_numel, max(parameter.numel() for parameter in parameters.values()))
     buckets: list[Bucket] = []
-    shared: dict[tuple[torch.dtype, bool], Bucket] = {}
+    shared: dict[tuple[torch.dtype, bool, float], Bucket] = {}
     for name, weight in parameters.items():
-        in_8_bits = eight_bit and weight.numel() >= MIN_8BIT_NUMEL
+        in_8_bits = name in eight_bit if isinstance(eight_bit, frozenset) else eight_bit and in_blocks(weight.numel())
+        rate = 1.0 if rates is None else rates.get(name, 1.0)
         # A weight that is not contiguous has no flat view to cut.
         size = chunk_numel if weight.is_contiguous() else weight.numel()
         for start in range(0, max(1, weight.numel()), max(1, size)):
             stop = min(weight.numel(), start + size)
-            key = (weight.dtype, in_8_bits)
+            key = (weight.dtype, in_8_bits, rate)
             bucket = None if is_large(weight, chunk_numel) else shared.get(key)
             if bucket is None or bucket.num_weights + stop - start > limit:
-                bucket = Bucket(len(buckets), in_8_bits, [], 0)
+                bucket = Bucket(len(buckets), in_8_bits, [], 0, rate)
                 buckets.append(bucket)
                 if not is_large(weight, chunk_numel):
                     shared[key] = bucket

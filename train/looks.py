@@ -106,10 +106,9 @@ class Looks:
         if not any(every and self._now(every, step) for every in self._all_every(options)):
             return
         began = time.perf_counter()
-        with main_alone(self._shards):
+        with self._weights(), main_alone(self._shards):
             if self.validation is not None:
-                with self._weights():
-                    self._look(self.validation, step, began)
+                self._look(self.validation, step, began)
         self.accelerator.wait_for_everyone()
         self.seconds += time.perf_counter() - began
 

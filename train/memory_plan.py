@@ -22,6 +22,9 @@ from train.sharding import GATHERED
 from train.streaming import PLACES
 
 GIB = 2**30
+IN_BACKWARD = 3
+"""Gradients that are whole on a card at a time where they are spread, in blocks: those of the block whose backward it
+is, and what is sent of the one before, with what comes back."""
 
 COMPONENTS = (
     "base weights", "ControlNet weights", "average of the weights", "optimizer states", "gradients",
@@ -278,6 +281,9 @@ def _peak(setting: Setting, traced: Trace, segments: Iterator[Segment]) -> _Peak
     # them: only the last batch's backward brings it in.
     copies = (setting.accumulation > 1) + (setting.num_processes > 1)
     held["gradients"] = copies * sum(_trained_bytes(setting, traced))
+    if _is_spread_whole(setting):  # a card's part, and those of the blocks whose parts are being brought together
+        whole = sum(_trained_bytes(setting, traced))
+        held["gradients"] = -(-whole // setting.cards) + IN_BACKWARD * max(traced.weights.base_blocks)
     live = weights + states + sum(held.values())
     highest = _Peak(live, live, "forward", held.copy(), states)
     for segment in segments:
@@ -324,7 +330,8 @@ def _average_bytes(setting: Setting, traced: Trace) -> int:
     if not setting.averaged:
         return 0
     sizes = [torch.Size(shape).numel() * torch.float32.itemsize for _, shape in traced.weights.trained]
-    return sum(-(-size // ROUNDING) * ROUNDING for size in sizes)
+    whole = sum(-(-size // ROUNDING) * ROUNDING for size in sizes)
+    return -(-whole // setting.cards) if _is_spread_whole(setting) else whole
 
 
 def _base_bytes(setting: Setting, traced: Trace) -> int:
@@ -332,9 +339,17 @@ def _base_bytes(setting: Setting, traced: Trace) -> int:
     # Streamed, a block's matrices are on the device only while it is their turn; the rest of it is next to nothing.
     if setting.stream:
         return traced.weights.base + PLACES * max(blocks)
+    if _is_spread_whole(setting):  # what is in no block is whole from the first forward on to the last backward
+        whole = traced.weights.base + sum(blocks)
+        return -(-whole // setting.cards) + traced.weights.base + GATHERED * max(blocks)
     if setting.shard:
         return traced.weights.base + -(-sum(blocks) // setting.cards) + GATHERED * max(blocks)
     return traced.weights.base + sum(blocks)
+
+
+def _is_spread_whole(setting: Setting) -> bool:
+    """Whether it is the base that is trained, and spread over cards with gradients and states."""
+    return setting.shard and not adapters.get(setting.adapter).keeps_base
 
 
 def _trained_bytes(setting: Setting, traced: Trace) -> list[int]:
@@ -349,11 +364,12 @@ def _optimizer_bytes(setting: Setting, traced: Trace) -> tuple[int, int]:
     slots = NUM_SLOTS * max(sizes) if on_host else 0
     stepped = (_MEASURED_BYTES if setting.optimizer.survival_every else _STEPPED_BYTES)[setting.weights]
     in_float32 = 2 if setting.optimizer.kind == "prodigy" else 1  # four states where AdamW has two
-    return 0 if on_host else in_float32 * sum(sizes), slots + largest * stepped
+    cards = setting.cards if _is_spread_whole(setting) else 1
+    return 0 if on_host else -(-in_float32 * sum(sizes) // cards), slots + largest * stepped
 
 
 def _states_bytes(setting: Setting, traced: Trace) -> int:
-    return sum(_buckets(setting, traced)[0])
+    return sum(_buckets(setting, traced)[0]) // (setting.cards if _is_spread_whole(setting) else 1)
 
 
 def _buckets(setting: Setting, traced: Trace) -> tuple[tuple[int, ...], int]:

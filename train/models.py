@@ -16,7 +16,7 @@ import torch
 from shared.families.base import Family
 from shared.model_folder import ModelFolder
 from shared.report import Component, component
-from train import adapters, checkpoints, compile, eight_bit, sharding, streaming
+from train import adapters, checkpoints, compile, eight_bit, sharded_training, sharding, streaming
 from train.adapters.base import Adapter, Start
 from train.base_store import open_base
 from train.config import TrainConfig
@@ -41,6 +41,8 @@ class Base:
     attention: str
     """The kernel that attention is computed with, by `train.attention`'s name for it."""
     component: Component
+    spread_over: int = 1
+    """The cards of each machine that it is to be spread over, all of it, once it is there to be trained."""
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Models:
     """Its blocks, where they are spread over cards."""
     compiled: bool
     components: list[Component]
+    trained_shards: sharded_training.TrainedShards | None = None
+    """The same, where it is the base that is trained."""
 
 
 def open_frozen(
@@ -88,8 +92,9 @@ def open_frozen(
         compile.compile_blocks(family.blocks(base), num_shapes=num_shapes)
     places = places_of(family, base) if hoist else None
     streamed = streaming.stream(family, base, device) if stream else None
-    shards = sharding.shard(family, base, device, cards=shard_over) if shard_over > 1 else None
-    return Base(base, streamed, shards, places, compiled, attention, counted)
+    frozen = adapters.get(options.adapter).keeps_base
+    shards = sharding.shard(family, base, device, cards=shard_over) if shard_over > 1 and frozen else None
+    return Base(base, streamed, shards, places, compiled, attention, counted, 1 if frozen else shard_over)
 
 
 def load(
@@ -109,13 +114,14 @@ def load(
     have. Raises `UserError`."""
     kind = adapters.get(options.adapter)
     saved = None if checkpoint is None else checkpoints.weights_of(checkpoint, "trained")
-    attach = kind.begin(Start(options, family, model, device, weights, saved))
+    attach = kind.begin(Start(options, family, model, device, dtype, weights, saved))
     base = open_frozen_base()
     adapter = attach(base.module)
     if adapter.trained is adapter.base:
         components = [component(f"{family.name} base, trained", adapter.base)]
     else:
         components = [base.component, component(kind.name, adapter.trained)]
+    components += [component("text encoder", encoder) for encoder in adapter.text_encoders]
     modulation = None
     if base.places is not None:
         modulation = Modulation(
@@ -126,4 +132,7 @@ def load(
         compile.compile_blocks(family.blocks(adapter.with_blocks), num_shapes=num_shapes)
     if saved is not None:
         adapter.load(saved)
-    return Models(adapter, modulation, base.stream, base.shards, base.compiled, components)
+    shards, trained = base.shards, None
+    if base.spread_over > 1:
+        shards = trained = sharded_training.spread(family, base.module, device, cards=base.spread_over)
+    return Models(adapter, modulation, base.stream, shards, base.compiled, components, trained)

@@ -70,13 +70,18 @@ class AnyOptimizer(Protocol):
     def load_state(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None: ...
 
 
-def make(options: OptimizerOptions, parameters: Mapping[str, torch.nn.Parameter]) -> AnyOptimizer:
-    """The optimizer that the options name, over named parameters. Raises `UserError`."""
+def make(
+    options: OptimizerOptions,
+    parameters: Mapping[str, torch.nn.Parameter],
+    rates: Mapping[str, float] | None = None,
+) -> AnyOptimizer:
+    """The optimizer that the options name, over named parameters. `rates`: what the learning rate is multiplied by for
+    some of them; `prodigy`, which finds one for all, does not heed it. Raises `UserError`."""
     if options.kind == "prodigy":
         from train.prodigy import Prodigy
 
         return Prodigy(options, parameters)
-    return Optimizer(options, parameters)
+    return Optimizer(options, parameters, rates=rates)
 
 
 @dataclass
@@ -121,9 +126,12 @@ class Optimizer:
         parameters: Mapping[str, torch.nn.Parameter],
         *,
         chunk_numel: int = CHUNK_NUMEL,
+        in_8_bits: frozenset[str] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
-        """Take the trainable `parameters` by name, all on one device. Raises `UserError` for weights neither float32
-        nor bfloat16, and where host memory does not suffice for states."""
+        """Take the trainable `parameters` by name, all on one device. `in_8_bits`: those whose moments `adamw8bit`
+        keeps so, if it is not for their size to say. `rates`: what the learning rate is multiplied by for some. Raises
+        `UserError` for weights neither float32 nor bfloat16, and where host memory does not suffice for states."""
         assert parameters, "nothing to train"
         assert len({id(p) for p in parameters.values()}) == len(parameters), "a parameter appears under two names"
         for name, parameter in parameters.items():
@@ -137,8 +145,13 @@ class Optimizer:
         self.options = options
         self.parameters = dict(parameters)
         self._device = devices.pop()
-        eight_bit = options.kind == "adamw8bit"
-        self._buckets = make_buckets(parameters, eight_bit=eight_bit, master=options.master, chunk_numel=chunk_numel)
+        eight_bit: bool | frozenset[str] = options.kind == "adamw8bit"
+        if eight_bit and in_8_bits is not None:
+            eight_bit = in_8_bits
+        self._num_weights = sum(parameter.numel() for parameter in parameters.values())
+        self._buckets = make_buckets(
+            parameters, eight_bit=eight_bit, master=options.master, chunk_numel=chunk_numel, rates=rates
+        )
         self._eight_bit = EightBit(self._device) if any(bucket.eight_bit for bucket in self._buckets) else None
         if self._eight_bit is not None and self._device.type == "cuda" and options.one_pass == "auto":
             self._eight_bit.go_over_memory_once()
@@ -214,7 +227,11 @@ class Optimizer:
         squares = [
             square for _, bucket in sorted(now.squares.items()) for square in bucket
         ]  # whatever order they came in
-        return Update(torch.stack(squares).double().sum().sqrt().float(), self._survival(now))
+        return Update(self._together(torch.stack(squares).double().sum()).sqrt().float(), self._survival(now))
+
+    def _together(self, summed: torch.Tensor) -> torch.Tensor:
+        """A sum over weights, of all processes that hold a part of them."""
+        return summed
 
     def _release(self, name: str, buckets: list[Bucket], weight: torch.Tensor) -> None:
         """Called by backward when the gradient of a large weight is whole."""
@@ -316,11 +333,12 @@ class Optimizer:
         if now.clip_each:
             for piece, gradient in zip(pieces, gradients, strict=True):
                 gradient.mul_(self._own_scale(piece, now))
+        rate = now.learning_rate * bucket.rate
         if bucket.eight_bit:
             assert self._eight_bit is not None
-            self._eight_bit.update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
+            self._eight_bit.update(self.options, pieces, values, gradients, states, rate, now.scale)
         else:
-            adamw.update(self.options, pieces, values, gradients, states, now.learning_rate, now.scale)
+            adamw.update(self.options, pieces, values, gradients, states, rate, now.scale)
         del gradients
         meant: list[torch.Tensor] = []
         for piece, value, old in zip(pieces, values, stood, strict=True):
@@ -343,6 +361,7 @@ class Optimizer:
         seeds = np.random.SeedSequence((rounding, bucket.index)).generate_state(len(pieces), np.uint64)
         together = torch.full((), now.scale, device=self._device)
         meant: list[torch.Tensor] = []
+        rate = now.learning_rate * bucket.rate
         squares = now.squares[bucket.index]
         for piece, state, seed in zip(pieces, states, seeds, strict=True):
             weight = piece.cut(piece.weight.detach())
@@ -352,7 +371,7 @@ class Optimizer:
             scale = self._own_scale(piece, now) if now.clip_each else together
             gradient = piece.cut(_gradient(piece.weight))
             square = self._eight_bit.update_at_once(
-                self.options, piece, stepped, weight, gradient, after, state, now.learning_rate, scale, int(seed)
+                self.options, piece, stepped, weight, gradient, after, state, rate, scale, int(seed)
             )
             squares.append(square)
             if after is not None and stood is not None:
@@ -398,14 +417,13 @@ class Optimizer:
     def _survival(self, now: _Pass) -> Survival | None:
         if now.measured is None:
             return None
-        num_weights = sum(parameter.numel() for parameter in self.parameters.values())
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         projected, meant, changed = (
-            torch.stack([zero, *(one.to(zero.dtype) for one in sums)]).sum()
+            self._together(torch.stack([zero, *(one.to(zero.dtype) for one in sums)]).sum())
             for sums in (now.measured.projected, now.measured.meant, now.measured.changed)
         )
         kept = torch.where(meant > 0, projected / meant, 1.0)  # of nothing, nothing is lost
-        return Survival(kept.float(), (changed / num_weights).float())
+        return Survival(kept.float(), (changed / self._num_weights).float())
 
     # --- state ------------------------------------------------------------------------------------------------------
 

@@ -57,6 +57,8 @@ class OptimizerState:
     def restore(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Take over what `collect` gave. Raises `UserError`, before anything is changed, where it is of another kind,
         other parameters, or incomplete."""
+        in_8_bits = frozenset(piece.name for bucket in self.buckets if bucket.eight_bit for piece in bucket.pieces)
+        tensors, meta = held_as_here(tensors, meta, in_8_bits, self.codes)
         self._refuse_other(tensors, meta)
         described = meta["parameters"]
         for bucket in self.buckets:
@@ -127,6 +129,56 @@ class OptimizerState:
         return tensor.numel() == sum(of.shape[0] for of in fields if of is not None) and all(
             of is not None and of.dtype == tensor.dtype for of in fields
         )
+
+
+def held_as_here(
+    tensors: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any],
+    in_8_bits: frozenset[str],
+    codes: Mapping[str, torch.Tensor],
+) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
+    """What `collect` gave, with moments in 8 bits of the weights in `in_8_bits` and in float32 of others: cards that
+    could not cut a weight between two blocks have kept float32 of it, and other cards can, or the other way round.
+    `codes`: as in `OptimizerState`. What is as it should be comes back as it is."""
+    if not codes:
+        return tensors, meta
+    held, described = dict(tensors), dict(meta["parameters"])
+    for name, of in described.items():
+        was_8_bits = "state1" in of["tensors"]
+        if not of["tensors"] or was_8_bits == (name in in_8_bits):
+            continue
+        saved = {key: held.pop(f"{name}.{key}") for key in of["tensors"] if f"{name}.{key}" in held}
+        found = {key: tensor for key, tensor in saved.items() if key == "master"}
+        for number, moment in (("1", "exp_avg"), ("2", "exp_avg_sq")):
+            code = codes[f"qmap{number}"].cpu()
+            if was_8_bits:
+                found[moment] = _from_8_bits(saved[f"state{number}"], saved[f"absmax{number}"], code)
+            else:
+                found[f"state{number}"], found[f"absmax{number}"] = _to_8_bits(saved[moment], code)
+                found[f"qmap{number}"] = code
+        numbers = {}
+        if was_8_bits:
+            found["step"] = torch.tensor(float(of["numbers"]["step"]))
+        else:
+            numbers = {"step": int(saved["step"].item())}
+        described[name] = {**of, "tensors": list(found), "numbers": numbers}
+        held |= {f"{name}.{key}": tensor for key, tensor in found.items()}
+    return held, {**meta, "parameters": described}
+
+
+def _from_8_bits(state: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    values = code[state.reshape(-1).long()]
+    return (values * absmax.repeat_interleave(BLOCK_NUMEL)[: values.numel()]).view(state.shape)
+
+
+def _to_8_bits(values: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each value's nearest in `code`, as a share of the largest of its block; and those."""
+    flat = values.reshape(-1).float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_NUMEL)).view(-1, BLOCK_NUMEL)
+    absmax = blocks.abs().amax(dim=1)
+    shares = (blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).reshape(-1)[: flat.numel()]
+    state = torch.bucketize(shares, (code[1:] + code[:-1]) / 2).to(torch.uint8)
+    return state.view(values.shape), absmax
 
 
 def _shape(key: str, parameter: torch.Tensor, numel: int) -> tuple[int, ...]:

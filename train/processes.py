@@ -22,9 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared.config import differences, to_dict
 from shared.errors import EXIT_REFUSED, UserError
+from train.adapters.base import Adapter
 from train.config import TrainConfig
 from train.loader import LoaderOptions
 from train.run import RUN, Run
+from train.step import Backward
 
 TOGETHER = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 """Ways of accelerate's in which every process runs our own step."""
@@ -117,6 +119,24 @@ def together(controlnet: torch.nn.Module, accelerator: Accelerator, *, idle: boo
         # counted by train.memory_plan.
         gradient_as_bucket_view=True,
     )
+
+
+def adding_up(adapter: Adapter, accelerator: Accelerator) -> Backward:
+    """Backward that adds the processes' gradients up after the last one, in one message. For few weights on a base that
+    is spread: DDP would send its messages while the base's blocks are gathered, in another order on each process."""
+
+    def backward(share: torch.Tensor, last: bool) -> None:
+        share.backward()
+        if not last:
+            return
+        parameters = [parameter for _, parameter in adapter.named_parameters() if parameter.grad is not None]
+        flat = torch.cat([parameter.grad.float().reshape(-1) for parameter in parameters if parameter.grad is not None])
+        flat = accelerator.reduce(flat, reduction="sum")
+        pieces = flat.split([parameter.numel() for parameter in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+
+    return backward
 
 
 def per_machine(accelerator: Accelerator) -> int:

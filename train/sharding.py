@@ -18,7 +18,7 @@ their parts: it names each block before it gathers it, and they gather with it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +49,7 @@ class Shards:
     @property
     def held_bytes(self) -> int:
         """Of the blocks' weights, what this card holds."""
-        return sum(_local(parameter).nbytes for block in self.blocks for parameter in block.parameters())
+        return sum(local(parameter).nbytes for block in self.blocks for parameter in block.parameters())
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
@@ -110,7 +110,6 @@ def shard(family: Family, base: torch.nn.Module, device: torch.device, *, cards:
     whole. The base may be on the CPU still: only this card's parts come to the device. All processes call it.
 
     Raises `UserError` where the weights are of a kind that cannot be cut."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     blocks = family.blocks(base)
@@ -124,17 +123,17 @@ def shard(family: Family, base: torch.nn.Module, device: torch.device, *, cards:
                     "base.weights to int8"
                 )
             assert not parameter.requires_grad, "gradients of what is spread are nobody's business here"
-    machines = torch.distributed.get_world_size() // cards
-    mesh = init_device_mesh(device.type, (machines, cards), mesh_dim_names=("machine", "card"))["card"]
+    mesh = mesh_of(device, cards)
     # A single block's outputs are views of one tensor. The model adds to them, but never in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    gather_ahead(blocks)
     cut = {parameter for block in blocks for parameter in block.parameters()}
     rest = {parameter for parameter in base.parameters() if parameter not in cut}
     for tensor in [*rest, *base.buffers()]:
         tensor.data = tensor.data.to(device)
-    # The root gathers nothing: it only has the blocks gather ahead of each other.
+    # The root gathers nothing: it only has the blocks know of each other.
     fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
     return Shards(blocks, device, mesh.get_group())
 
@@ -146,7 +145,24 @@ def _as_parameter(layer: FrozenInt8Linear) -> None:
     layer.register_parameter("weight_int8", torch.nn.Parameter(weight, requires_grad=False))
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
+def gather_ahead(blocks: Sequence[Any]) -> None:
+    """Have each block's backward begin to gather the block before it. Said, since FSDP would else go by the order of
+    all forwards since the last backward, and at looks one process has made some that the others have not."""
+    for block, before in zip(blocks, [blocks[0], *blocks], strict=False):
+        block.set_modules_to_backward_prefetch([before])
+
+
+def mesh_of(device: torch.device, cards: int, *, replicated: bool = False) -> Any:
+    """This machine's cards; `replicated`: and, where there are several machines, those that hold the same elsewhere."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    machines = torch.distributed.get_world_size() // cards
+    mesh = init_device_mesh(device.type, (machines, cards), mesh_dim_names=("machine", "card"))
+    return mesh if replicated and machines > 1 else mesh["card"]
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this card."""
     from torch.distributed.tensor import DTensor
 
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -9,7 +9,7 @@ Letters: B samples in a batch; latents are (B, ...), for FLUX (B, T, C).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ from train.validation import seed_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+Backward = Callable[[torch.Tensor, bool], None]
+"""Adds the gradients of a loss, 0-dim, to those that are there; told of the last one of a step, it brings in what other
+processes have, of which the sum is wanted."""
 ROUNDING, NOISE, TIMES = 2, 3, 4
 """Ends of the seeds of what a step draws."""
 
@@ -50,14 +53,17 @@ class Step:
         modulation: Modulation | None = None,
         compiled_for: int | None = None,
         accelerator: Accelerator | None = None,
+        backward: Backward | None = None,
     ) -> None:
         """`recipes`: layer to recipe, of the cache. `dtype` is that of the computation. `condition_draw`: draw the
         condition's latents from their posterior. `modulation`: of a base that is hoisted. `compiled_for`: the size of a
-        full batch, where blocks are compiled. `accelerator`: only where several processes step together."""
+        full batch, where blocks are compiled. `accelerator`: only where several processes step together.
+        `backward`: how gradients arise, where it is neither alone nor through DDP."""
         self.family, self.adapter, self.objective, self.optimizer = family, adapter, objective, optimizer
         self.recipes, self.seed, self.device, self.dtype = recipes, seed, device, dtype
         self.condition_draw, self.modulation, self.compiled_for = condition_draw, modulation, compiled_for
         self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+        self._own_backward = backward
         self.arrived: dict[str, float] = {}
         """What came of the step before the last one's update: read together with the last one's loss."""
         self._late: dict[str, torch.Tensor] = {}
@@ -75,7 +81,7 @@ class Step:
         condition = None
         if self.adapter.conditioned:
             condition = family.condition(batch, recipes, generator if self.condition_draw else None, self.dtype)
-        inputs = family.inputs(batch, condition, self.dtype)
+        inputs = self.adapter.inputs(batch, condition, self.dtype)
         t = send(self.times(batch.position, len(batch)), self.device)
         noised = self.objective.noise(x_0, t, generator)  # x_t, t, target, weight
         if self.modulation is not None:
@@ -93,7 +99,9 @@ class Step:
             with self._gradients_stay(i == len(batches) - 1), self._compiled(batch):
                 loss = self.loss(batch)  # (B,)
                 share = loss.sum() / batch.step_samples
-                if self.accelerator is None:
+                if self._own_backward is not None:
+                    self._own_backward(share, i == len(batches) - 1)
+                elif self.accelerator is None:
                     share.backward()
                 else:  # DDP averages gradients over processes: the sum is wanted
                     self.accelerator.backward(share * self.accelerator.num_processes)

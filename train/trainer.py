@@ -25,9 +25,10 @@ from train.early_stop import taken_up
 from train.ema import Ema
 from train.looks import Looks
 from train.objectives import Objective
-from train.optimizer import learning_rate
+from train.optimizer import AnyOptimizer, learning_rate
 from train.preparation import Prepared, base_dtype, dtypes, prepare
-from train.step import Step
+from train.sharded_optimizer import ShardedOptimizer
+from train.step import Backward, Step
 from train.stopping import Stop, stopping
 from train.validation import Validation, flatten
 
@@ -96,23 +97,38 @@ class Trainer:
             checkpoint=checkpoint,
         )  # fmt: skip
         self.adapter, modulation = self.models.adapter, self.models.modulation
-        self.optimizer = optimizer.make(options.optimizer, dict(self.adapter.named_parameters()))
+        spread = self.models.trained_shards
+        trained = dict(self.adapter.named_parameters()) if spread is None else spread.parts
+        self.optimizer: AnyOptimizer
+        if spread is None:
+            self.optimizer = optimizer.make(options.optimizer, trained, self.adapter.rates(options))
+        else:
+            self.optimizer = ShardedOptimizer(options.optimizer, spread)
         state = {} if checkpoint is None else checkpoints.state(checkpoint)
         if checkpoint is not None:
             self.optimizer.load_state(checkpoints.optimizer_tensors(checkpoint), state["optimizer"])
         self.ema: Ema | None = None
-        """Of the main process: it alone looks and saves."""
-        if options.ema.on and accelerator.is_main_process:
-            self.ema = Ema(options.ema, dict(self.adapter.named_parameters()))
+        """Of the main process: it alone looks and saves. Of spread weights, each process averages its parts."""
+        if options.ema.on and (accelerator.is_main_process or spread is not None):
+            self.ema = Ema(options.ema, trained)
             if checkpoint is not None:
-                self.ema.load(self.adapter.read(checkpoint / checkpoints.EMA))
-        self.adapter.module = processes.together(self.adapter.bare, accelerator, idle=self.adapter.has_idle_parameters)
+                saved = self.adapter.read(checkpoint / checkpoints.EMA)
+                self.ema.load(saved if spread is None else spread.cut(saved))
+        backward: Backward | None = None
+        if spread is not None:
+            backward = spread.backward
+        elif self.models.shards is not None and not self.adapter.conditioned:
+            backward = processes.adding_up(self.adapter, accelerator)
+        else:
+            idle = self.adapter.has_idle_parameters
+            self.adapter.module = processes.together(self.adapter.bare, accelerator, idle=idle)
         self.objective: Objective = objectives.make(options.objective, family, model)
         self.step = Step(
             family, self.adapter, self.objective, self.optimizer,
             recipes=self.samples.recipes, seed=options.seed, device=self.device, dtype=self.dtype,
             condition_draw=options.loader.condition_draw, modulation=modulation,
             compiled_for=loader.options.batch_size if self.models.compiled else None, accelerator=accelerator,
+            backward=backward,
         )  # fmt: skip
         if modulation is not None:
             modulation.follow(loader, self.step.times, batches=options.memory.hoist_steps)
@@ -131,7 +147,7 @@ class Trainer:
             options.validation, accelerator, self.run, self.adapter, self.validation,
             last_step=options.steps, paints=model.has("vae"), compiled=self.models.compiled,
             run_seconds=lambda: self.device_seconds / accelerator.num_processes, shards=self.models.shards,
-            weights=nullcontext if self.ema is None or not options.ema.evaluate else self.ema.in_place,
+            weights=self.ema.in_place if self.ema is not None and options.ema.evaluate else nullcontext,
         )  # fmt: skip
         self.early_stop = taken_up(options.early_stop, checkpoint)
         counts, times = state.get("trainer", {}), state.get("times", {})
@@ -291,11 +307,19 @@ class Trainer:
         return self.early_stop.look(step, validation.last_losses, grid)
 
     def _save(self, step: int, *, best: bool = False) -> None:
+        spread, save_weights = self.models.trained_shards, self.adapter.save
+        average = None if self.ema is None else partial(self.ema.save, write=self.adapter.write)
+        if self.accelerator.is_main_process or spread is not None:
+            tensors, meta = self.optimizer.state()
+        if spread is not None:
+            save_weights = partial(self.adapter.write, tensors=spread.whole(spread.parts))
+            if self.ema is not None:
+                self.ema.wait()
+                average = partial(self.adapter.write, tensors=spread.whole(self.ema.average))
         if self.accelerator.is_main_process:
             self._write(self.step.late())
             self.run.sync_metrics()
             self.run.note({"memory": self.guard.figures()})
-            tensors, meta = self.optimizer.state()
             state = {
                 "optimizer": meta,
                 "loader": self.loader.state(),
@@ -303,11 +327,10 @@ class Trainer:
                 "trainer": {"samples_seen": self.samples_seen, "early_stop": self.early_stop.state()},
                 "times": {"device_seconds": self.device_seconds, "look_seconds": self.look.seconds},
             }
-            average = None if self.ema is None else partial(self.ema.save, write=self.adapter.write)
             beside = {} if average is None else {checkpoints.EMA: average}
             keep = self.options.checkpoint.keep
             checkpoints.save(
-                self.run.folder, step, self.adapter.save, tensors, state, keep, beside, best=best,
+                self.run.folder, step, save_weights, tensors, state, keep, beside, best=best,
                 name=self.adapter.folder,
             )  # fmt: skip
         self.accelerator.wait_for_everyone()

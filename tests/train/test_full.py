@@ -154,7 +154,10 @@ def test_another_process_paints_with_it_in_diffusers_pipeline(runs: Path, tiny_m
         ({"base": {"weights": "quanto"}}, r"base\.weights quanto holds them in 256 levels"),
         ({"memory": {"hoist": "yes"}}, r"memory\.hoist yes is for a base that is frozen"),
         ({"memory": {"stream": "yes"}}, r"memory\.stream yes is for a base that is frozen"),
-        ({"memory": {"shard": "yes"}}, r"memory\.shard yes is for a base that is frozen"),
+        (
+            {"memory": {"shard": "yes"}, "optimizer": {"kind": "prodigy", "learning_rate": 1.0}},
+            r"memory\.shard yes: prodigy finds one step size",
+        ),
         ({"speed": {"arithmetic": "int8"}}, r"speed\.arithmetic int8 is for an int8 base"),
     ],
 )

@@ -50,12 +50,13 @@ class FullAdapter(Adapter):
     title: ClassVar[str] = "base"
     conditioned: ClassVar[bool] = False
     keeps_base: ClassVar[bool] = False
+    spreads_base: ClassVar[bool] = True
 
     def __init__(self, family: Family, base: torch.nn.Module, options: FullOptions) -> None:
         """The base, unquantized, begins to be trained."""
         self.family, self.base, self.options, self.guidance = family, base, options, options.guidance
-        self.trained = base.requires_grad_(True).train()
         self.folder = family.base_component
+        self.trained = base.requires_grad_(True).train()
         self.bare = self.module = _Predicting(family, base, options.guidance)
 
     @classmethod
@@ -75,11 +76,12 @@ class FullAdapter(Adapter):
                 "rates changes, so nothing would be learned. Set --base.weights none, or train a LoRA on the int8 base "
                 "(--adapter lora)"
             )
-        for option in ("hoist", "stream", "shard"):
+        for option in ("hoist", "stream"):
             if getattr(options.memory, option) == "yes":
                 raise UserError(
                     f"memory.{option} yes is for a base that is frozen, and adapter full trains it: leave it out. "
-                    "Memory is saved by --optimizer.release True, --optimizer.states cpu, --memory.recompute all"
+                    "Memory is saved by --optimizer.release True, --optimizer.states cpu, --memory.recompute all, and "
+                    "over several cards --memory.shard yes"
                 )
         if options.speed.arithmetic != "exact":
             raise UserError(
