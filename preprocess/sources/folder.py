@@ -1,7 +1,7 @@
 """A folder of images, each with its captions: named by a metadata file, or in `.txt` files beside the images.
 
 `metadata.jsonl`, `metadata.csv` or `metadata.parquet` stands in the folder, or in each of its split folders, as in the
-hub's imagefolder layout. Images are named here and opened later, one by one.
+hub's imagefolder layout; fill50k is read as it comes. Images are named here and opened later, one by one.
 """
 
 from __future__ import annotations
@@ -128,6 +128,8 @@ def _metadata_files(data: Path, named: str | None) -> list[str]:
     found = [name for name in wanted if (data / name).is_file()]
     if not found:
         found = sorted(name for name in listing.walk(data) if posixpath.basename(name) in wanted)
+    if not found and named is None:
+        found = [name for name in listing.FILL50K if _begins_with_a_file(data, name)]
     by_folder: dict[str, list[str]] = {}
     for name in found:
         by_folder.setdefault(posixpath.dirname(name), []).append(name)
@@ -137,6 +139,20 @@ def _metadata_files(data: Path, named: str | None) -> list[str]:
     if named is not None and not found:
         raise UserError(f"{data} has no {named} (source.metadata)")
     return found
+
+
+def _begins_with_a_file(data: Path, name: str) -> bool:
+    """Whether there is such a file, of JSON lines, and the first one names a file in `data`. Other things may be called
+    so, too."""
+    if not (data / name).is_file():
+        return False
+    try:
+        with open(data / name, encoding="utf-8-sig") as file:
+            first = json.loads(file.readline())
+    except (ValueError, RecursionError):
+        return False
+    values = first.values() if isinstance(first, dict) else ()
+    return any(isinstance(value, str) and "\0" not in value and (data / value).is_file() for value in values)
 
 
 def _from_metadata(

@@ -14,6 +14,9 @@ IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".t
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """What names a folder's images, unless the options name another file."""
+FILL50K = ("prompt.json", "train.jsonl")
+"""What names them in fill50k, as ControlNet's authors have it and as the hub has: taken where there is none of the
+others and its first line names a file that is there."""
 
 
 def walk(data: Path) -> Iterator[str]:

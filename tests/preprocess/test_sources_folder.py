@@ -330,14 +330,27 @@ def test_split_folders_of_images_with_text_files_say_what_is_held_out(tmp_path: 
     }  # fmt: skip
 
 
-def test_fill50k_is_read_as_it_comes(tmp_path: Path) -> None:
-    touch(tmp_path, "source/0.png", "target/0.png")
-    line = {"source": "source/0.png", "target": "target/0.png", "prompt": "pale golden rod circle"}
-    (tmp_path / "prompt.json").write_text(json.dumps(line) + "\n")
-    found = records(tmp_path, SourceOptions(metadata="prompt.json"))
-    assert list(found) == ["target/0.png"]
-    record = found["target/0.png"]
-    assert (record.captions, record.conditioning_name) == (("pale golden rod circle",), "source/0.png")
+@pytest.mark.parametrize(("file", "image", "drawing", "text"), [
+    ("prompt.json", "target", "source", "prompt"),  # as ControlNet's authors have it
+    ("train.jsonl", "image", "conditioning_image", "text"),  # as the hub has it
+])  # fmt: skip
+def test_fill50k_is_read_as_it_comes(file: str, image: str, drawing: str, text: str, tmp_path: Path) -> None:
+    touch(tmp_path, f"{drawing}s/0.png", f"{image}s/0.png")
+    line = {drawing: f"{drawing}s/0.png", image: f"{image}s/0.png", text: "pale golden rod circle"}
+    (tmp_path / file).write_text(json.dumps(line) + "\n")
+    for options in (SourceOptions(), SourceOptions(metadata=file)):
+        found = records(tmp_path, options)
+        assert list(found) == [f"{image}s/0.png"]
+        [record] = found.values()
+        assert (record.captions, record.conditioning_name) == (("pale golden rod circle",), f"{drawing}s/0.png")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"image": "none.png"}', '{"seed": 7, "text": "a\\u0000"}'])
+def test_a_file_that_is_called_as_fill50k_s_but_names_nothing_is_no_metadata(content: str, tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text("a circle")
+    (tmp_path / "train.jsonl").write_text(content)
+    assert list(records(tmp_path)) == ["a.png"]
 
 
 def test_columns_of_metadata_can_be_chosen_and_are_listed(tmp_path: Path) -> None:
