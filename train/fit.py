@@ -448,7 +448,7 @@ class Guard:
 
     def _words(self) -> str:
         base, controlnet = self.recompute.base_blocks, self.recompute.controlnet_blocks
-        return f"{base} of {self._counts[0]} blocks of the base and {controlnet} of {self._counts[1]} of the ControlNet"
+        return _in_words(base, self._counts[0], controlnet, self._counts[1])
 
     def _advice(self) -> str:
         """What to try."""
@@ -487,7 +487,9 @@ def free_memory() -> None:
 
 def _blocks(setting: Setting, of: Recompute) -> str:
     counted = count(setting)
-    return (
-        f"{of.base_blocks} of {counted.num_base_blocks} blocks of the base and {of.controlnet_blocks} of "
-        f"{counted.num_controlnet_blocks} of the ControlNet"
-    )
+    return _in_words(of.base_blocks, counted.num_base_blocks, of.controlnet_blocks, counted.num_controlnet_blocks)
+
+
+def _in_words(base: int, num_base: int, controlnet: int, num_controlnet: int) -> str:
+    of_controlnet = f" and {controlnet} of {num_controlnet} of the ControlNet" if num_controlnet else ""
+    return f"{base} of {num_base} blocks of the base{of_controlnet}"

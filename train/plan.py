@@ -245,7 +245,7 @@ def report(options: PlanConfig, subject: Subject, planned: Plan) -> str:
         "",
         table(
             (f"memory at the peak: {counted.when}", "GiB"),
-            [(name, f"{num / GIB:.2f}") for name, num in counted.components.items()]
+            [(name, f"{num / GIB:.2f}") for name, num in _components(counted, title)]
             + [("peak", f"{counted.peak_bytes / GIB:.2f}"), ("budget", f"{planned.budget_bytes / GIB:.2f}")],
             right=1,
         ),
@@ -253,7 +253,7 @@ def report(options: PlanConfig, subject: Subject, planned: Plan) -> str:
         "",
         table(
             ("work of a step", "TFLOP"),
-            [(name, f"{work.flops * setting.accumulation / 1e12:.2f}") for name, work in _worthy(counted)]
+            [(name, f"{work.flops * setting.accumulation / 1e12:.2f}") for name, work in _worthy(counted, title)]
             + [
                 ("all", f"{(counted.model_flops + counted.recomputed_flops) / 1e12:.2f}"),
                 ("of it recomputed", f"{counted.recomputed_flops / 1e12:.2f}"),
@@ -344,10 +344,10 @@ def _heading(options: PlanConfig, subject: Subject, planned: Plan) -> str:
 def _recomputed(counted: Counted) -> str:
     if not counted.base_blocks and not counted.controlnet_blocks:
         return "nothing"
-    return (
-        f"{counted.base_blocks} of {counted.num_base_blocks} + "
-        f"{counted.controlnet_blocks} of {counted.num_controlnet_blocks} blocks"
+    of_controlnet = (
+        f" + {counted.controlnet_blocks} of {counted.num_controlnet_blocks}" if counted.num_controlnet_blocks else ""
     )
+    return f"{counted.base_blocks} of {counted.num_base_blocks}{of_controlnet} blocks"
 
 
 def _given_up(planned: Plan) -> str:
@@ -359,8 +359,19 @@ def _given_up(planned: Plan) -> str:
     return ", ".join(given_up) or "nothing"
 
 
-def _worthy(counted: Counted) -> list[tuple[str, Work]]:
-    return [(name.replace("controlnet", "ControlNet"), work) for name, work in counted.work.items() if work.flops]
+def _components(counted: Counted, title: str) -> list[tuple[str, int]]:
+    """What the memory goes to, in words. What is counted for a ControlNet is there for what is trained in its place
+    where that takes anything."""
+    trained = [name for name in counted.components if "ControlNet" in name]
+    return [
+        (name.replace("ControlNet", title), num_bytes)
+        for name, num_bytes in counted.components.items()
+        if num_bytes or name not in trained
+    ]
+
+
+def _worthy(counted: Counted, title: str) -> list[tuple[str, Work]]:
+    return [(name.replace("controlnet", title), work) for name, work in counted.work.items() if work.flops]
 
 
 def _milliseconds(planned: Plan) -> float:
