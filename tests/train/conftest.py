@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from shared.cache.reader import Cache
 from shared.families.base import Family
 from shared.model_folder import resolve
 from tests import forked
+from tests.conftest import preprocess_options
 from train.config import TrainConfig
 from train.loader import Loader, LoaderOptions
 from train.optimizer import OptimizerOptions
@@ -53,6 +55,17 @@ def train_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
     options = dataclasses.replace(options, **{**changes, **parts})
     options.check()
     return options
+
+
+@pytest.fixture(scope="session")
+def token_cache(tiny_data: Path, tiny_model: Path, tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_cache` with the captions' tokens."""
+    from preprocess.pipeline import preprocess
+
+    copied = tmp_path_factory.mktemp("cache") / "tokens"
+    shutil.copytree(tiny_cache, copied)
+    assert preprocess(preprocess_options(tiny_data, copied, tiny_model, text_tokens=True)) == 0
+    return copied
 
 
 @pytest.fixture(scope="session")

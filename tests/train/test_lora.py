@@ -27,13 +27,10 @@ from tests.train.test_controlnet import CPU, Reference
 from tests.train.test_distributed import World, exit_codes, started
 from train import adapters, checkpoints
 from train.adapters.lora import WEIGHTS, LoraAdapter, LoraOptions, chosen
-from train.budget import MemoryOptions
 from train.compile import compile_blocks
 from train.config import TrainConfig
 from train.counting import Setting
 from train.export import ExportConfig, export
-from train.fit import decide
-from train.loader import LoaderOptions
 from train.memory_plan import count
 from train.preparation import ground_of
 from train.quantize import place_base
@@ -301,16 +298,6 @@ def test_a_checkpoint_links_its_weights_by_their_name(runs: Path) -> None:
     assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in names
 
 
-def test_a_base_spread_over_cards_is_refused_and_never_chosen(tiny_cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"memory\.shard yes: .*the two would wait for each other"):
-        ground_of(lora_options(tiny_cache, tmp_path, memory={"shard": "yes"}))
-    setting = Setting(depth=(0, 0), height=512, width=512, text_length=512, adapter="lora")
-    tight = MemoryOptions(budget="12GiB")
-    fitted = decide(tight, LoaderOptions(), setting, device=torch.device("cuda"), free_bytes=12 << 30, cards=8)
-    assert not fitted.shard
-    assert fitted.recompute.base_blocks > 0
-
-
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -377,14 +364,17 @@ def test_a_run_s_lora_paints_words_alone(runs: Path, tmp_path: Path) -> None:
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("what", ["lora", "lora and text", "full"])
 def test_several_processes_train_as_one_does_with_as_much_more_accumulation(
-    adapter: str, processes: ForkServerContext, tiny_cache: Path, tmp_path: Path
+    what: str, processes: ForkServerContext, tiny_cache: Path, token_cache: Path, tmp_path: Path
 ) -> None:
+    adapter, text = what.partition(" ")[0], "text" in what
+
     def options(name: str, accumulation: int) -> TrainConfig:
         # SGD-like: an epsilon far above the gradients, so that rounding is not blown up to the size of a step.
         return train_options(
-            tiny_cache, tmp_path, name=name, adapter=adapter, steps=4, validation=LOOKS,
+            token_cache if text else tiny_cache, tmp_path, name=name, adapter=adapter, steps=4, validation=LOOKS,
+            lora={"train_text_encoder": text},
             base={"weights": "none" if adapter == "full" else "int8"},
             loader={"batch_size": 2, "accumulation": accumulation},
             optimizer={"kind": "adamw", "epsilon": 1.0, "learning_rate": 0.1},
@@ -396,8 +386,10 @@ def test_several_processes_train_as_one_does_with_as_much_more_accumulation(
     assert losses(tmp_path / "several") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert len(set(losses(tmp_path / "several"))) == 4
     kind = adapters.get(adapter)
-    expected = load_file(tmp_path / "one" / kind.folder / kind.weights_file)
-    for folder in (tmp_path / "several" / kind.folder, tmp_path / "ranks" / "rank-0", tmp_path / "ranks" / "rank-1"):
+    saved = "transformer" if adapter == "full" else "lora"
+    expected = load_file(tmp_path / "one" / saved / kind.weights_file)
+    assert any(name.startswith("text_encoder") for name in expected) == text
+    for folder in (tmp_path / "several" / saved, tmp_path / "ranks" / "rank-0", tmp_path / "ranks" / "rank-1"):
         actual = load_file(folder / kind.weights_file)
         for name, tensor in expected.items():
             torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)

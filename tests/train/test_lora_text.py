@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,20 +45,11 @@ def text_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
     return train_options(cache, runs, adapter="lora", depth="2-4", optimizer=learning, lora=lora, **changes)
 
 
-@pytest.fixture(scope="module")
-def cache(tiny_data: Path, tiny_model: Path, tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_cache` with tokens."""
-    copied = tmp_path_factory.mktemp("cache") / "tokens"
-    shutil.copytree(tiny_cache, copied)
-    assert preprocess(preprocess_options(tiny_data, copied, tiny_model, text_tokens=True)) == 0
-    return copied
-
-
 @pytest.fixture(scope="module", params=["flux", "sd15", "sdxl"])
 def any_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with tokens, of each family."""
     if request.param == "flux":
-        return request.getfixturevalue("cache")
+        return request.getfixturevalue("token_cache")
     folder = tmp_path_factory.mktemp(request.param)
     model = families.get(request.param).tiny(folder / "model")
     data = write_data(folder / "data", 6, sizes=((64, 64),))
@@ -166,14 +156,14 @@ def test_loss_and_gradients_of_both_are_those_of_the_pipeline_that_loads_the_fil
 
 
 @pytest.fixture(scope="module")
-def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(token_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of 8 steps: "whole", and "resumed" after the fourth; averaged, and looked at on the way."""
     folder = tmp_path_factory.mktemp("runs")
     common: dict[str, Any] = {"checkpoint": {"every": 4, "keep": 0}, "ema": {"profile": "power", "every": 2}}
     painted = {**common, "validation": {**LOOKS, "pictures_every": 8, "pictures": 1}}
-    assert train(text_options(cache, folder, name="whole", steps=8, **painted)) == 0
+    assert train(text_options(token_cache, folder, name="whole", steps=8, **painted)) == 0
     for steps in (4, 8):
-        assert train(text_options(cache, folder, name="resumed", steps=steps, validation=LOOKS, **common)) == 0
+        assert train(text_options(token_cache, folder, name="resumed", steps=steps, validation=LOOKS, **common)) == 0
     return folder
 
 
@@ -195,13 +185,13 @@ def test_a_resumed_run_goes_on_to_the_bit(runs: Path) -> None:
 
 
 def test_clip_is_loaded_but_never_t5_and_tokens_are_read_in_the_place_of_what_clip_said(
-    runs: Path, cache: Path, tmp_path: Path
+    runs: Path, token_cache: Path, tmp_path: Path
 ) -> None:
     facts = json.loads((runs / "whole" / "run.json").read_text())
     assert "clip_tokens" in facts["cache"]
     assert "clip" not in facts["cache"]
     assert [part["name"] for part in facts["starts"][0]["components"]] == ["flux base", "lora", "text encoder"]
-    ground = ground_of(text_options(cache, tmp_path))
+    ground = ground_of(text_options(token_cache, tmp_path))
     assert ground.samples.batch([0]).tensors["clip_tokens.input_ids"].shape == (1, 77)
 
 
@@ -241,9 +231,11 @@ def test_an_export_has_alpha_worked_into_both(runs: Path, tmp_path: Path) -> Non
     assert "and its text encoder" in (out / "README.md").read_text()
 
 
-def test_text_learns_at_a_rate_of_its_own(cache: Path, tmp_path: Path, stack: ExitStack) -> None:
+def test_text_learns_at_a_rate_of_its_own(token_cache: Path, tmp_path: Path, stack: ExitStack) -> None:
     lora = {"text_learning_rate": 1e-4}
-    made = trainer(stack, text_options(cache, tmp_path, lora=lora, optimizer={"weight_decay": 0.0, "epsilon": 1e-20}))
+    made = trainer(
+        stack, text_options(token_cache, tmp_path, lora=lora, optimizer={"weight_decay": 0.0, "epsilon": 1e-20})
+    )
     before = {name: parameter.detach().clone() for name, parameter in made.adapter.named_parameters()}
     [batch] = next(iter(made.loader))
     made.step([batch], 1, 1e-2)
@@ -253,8 +245,10 @@ def test_text_learns_at_a_rate_of_its_own(cache: Path, tmp_path: Path, stack: Ex
             assert moved == pytest.approx(1e-4 if name.startswith("texts.") else 1e-2, rel=1e-3), name
 
 
-def test_a_caption_that_is_dropped_is_the_empty_one_s_tokens(cache: Path, tmp_path: Path, stack: ExitStack) -> None:
-    made = trainer(stack, text_options(cache, tmp_path, loader={"batch_size": 2, "caption_dropout": 1.0}))
+def test_a_caption_that_is_dropped_is_the_empty_one_s_tokens(
+    token_cache: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    made = trainer(stack, text_options(token_cache, tmp_path, loader={"batch_size": 2, "caption_dropout": 1.0}))
     [batch] = next(iter(made.loader))
     [encoder] = made.family.text_encoders
     expected = encoder.open_tokens(made.model)([""])["input_ids"]  # type: ignore[attr-defined]
@@ -271,11 +265,11 @@ def test_a_cache_without_tokens_is_refused_with_what_adds_them(tiny_cache: Path,
     assert not (tmp_path / "run").exists()
 
 
-def test_modulation_is_not_computed_ahead_of_what_changes_it(cache: Path, tmp_path: Path) -> None:
+def test_modulation_is_not_computed_ahead_of_what_changes_it(token_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"memory\.hoist yes: what the text encoder says enters the modulation"):
-        ground_of(text_options(cache, tmp_path, memory={"hoist": "yes"}))
+        ground_of(text_options(token_cache, tmp_path, memory={"hoist": "yes"}))
     for trained, hoisted in ((False, True), (True, False)):
-        lora = text_options(cache, tmp_path, lora={"train_text_encoder": trained}).lora
+        lora = text_options(token_cache, tmp_path, lora={"train_text_encoder": trained}).lora
         setting = Setting((0, 0), 64, 64, TEXT_LENGTH, adapter="lora", lora=lora)
         fitted = decide(MemoryOptions(), LoaderOptions(), setting, device=torch.device("cuda"), free_bytes=None)
         assert fitted.hoist is hoisted
@@ -284,10 +278,10 @@ def test_modulation_is_not_computed_ahead_of_what_changes_it(cache: Path, tmp_pa
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_its_memory_is_counted_without_weights(cache: Path, tmp_path: Path) -> None:
+def test_its_memory_is_counted_without_weights(token_cache: Path, tmp_path: Path) -> None:
     found = {}
     for trained in (False, True):
-        lora = text_options(cache, tmp_path, lora={"train_text_encoder": trained}).lora
+        lora = text_options(token_cache, tmp_path, lora={"train_text_encoder": trained}).lora
         found[trained] = count(Setting((0, 0), 512, 512, 512, adapter="lora", hoist=False, lora=lora))
     clip_bytes = found[True].components["base weights"] - found[False].components["base weights"]
     assert clip_bytes == pytest.approx(2 * 123.06e6, rel=0.01)
