@@ -9,9 +9,10 @@ from typing import Any, Literal
 from preprocess import conditions
 from preprocess.engine import EngineOptions
 from preprocess.geometry import GeometryOptions, bucket_sizes
+from preprocess.prior import PriorOptions
 from preprocess.sources import SourceOptions
 from shared import families
-from shared.cache.storage import RemoteOptions
+from shared.cache.storage import RemoteOptions, is_remote
 from shared.errors import UserError
 
 # One group of options per file in conditions/: a new condition brings its own.
@@ -97,6 +98,7 @@ class PreprocessConfig:
     source: SourceOptions = field(default_factory=SourceOptions)
     geometry: GeometryOptions = field(default_factory=GeometryOptions)
     conditions: ConditionOptions = field(default_factory=ConditionOptions)
+    prior: PriorOptions = field(default_factory=PriorOptions)
     encode: EncodeOptions = field(default_factory=EncodeOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     remote: RemoteOptions = field(default_factory=RemoteOptions)
@@ -123,8 +125,24 @@ class PreprocessConfig:
             raise UserError(f"text_tokens: {family.name} has no text encoder that can be trained; leave it out")
         if not 0 <= self.validation_fraction < 1 or self.validation_max < 0:
             raise UserError("validation_fraction is a share from 0 to below 1, validation_max 0 or more")
-        for part in (self.source, self.geometry, self.encode, self.engine, self.remote):
+        for part in (self.source, self.geometry, self.prior, self.encode, self.engine, self.remote):
             part.check()
+        self._check_prior()
         if self.device == "cpu" and self.engine.gpus:
             raise UserError("engine.gpus names GPUs, but device is cpu: leave one of them out")
         bucket_sizes(self.geometry, family.size_multiple)
+
+    def _check_prior(self) -> None:
+        if self.prior.prompt is None:
+            return
+        for name in self.condition:
+            if conditions.get(name).reads == "conditioning_image":
+                raise UserError(
+                    f"condition '{name}' takes the drawings that come with the images, and class images have none: "
+                    "leave prior.prompt out, or choose another condition"
+                )
+        if is_remote(self.cache) and self.engine.chosen == "ray":
+            raise UserError(
+                "prior.prompt with engine.kind=ray: workers on other machines do not see class images in a cache at a "
+                "URL; make it with another engine, or in a folder that all machines share"
+            )

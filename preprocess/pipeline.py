@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from preprocess import conditions, encode, plan, sources
+from preprocess import class_images, conditions, encode, plan, sources
 from preprocess.config import PreprocessConfig
 from preprocess.engine import Engine, check_available, open_workers
 from preprocess.explain import State
@@ -25,7 +25,7 @@ from preprocess.layers import Layers, PlannedLayer, components
 from preprocess.status import Before, LayerStatus, Wanted, status
 from preprocess.status import report as report_status
 from preprocess.units import Drawings, Item, PlacedImage, Text, Unit
-from preprocess.worker import Setup
+from preprocess.worker import Setup, device_of
 from shared import atomic, families
 from shared.cache import schema, writer
 from shared.cache.reader import Layer, LayerSummary, open_layer, wanted
@@ -99,7 +99,8 @@ def _begin(options: PreprocessConfig) -> tuple[_Stage, sources.Source]:
     for remark in source.remarks():
         warn(remark)
     _check_conditioning(options, source, source.conditioned)
-    model = resolve(options.model or family.default_model, components(family), options.revision)
+    needed = components(family) + (class_images.components(family) if options.prior.prompt is not None else [])
+    model = resolve(options.model or family.default_model, needed, options.revision)
     family.check_encoders(model)
     storage = open_storage(_expanded(options.cache), options.remote)
     return _Stage(options, family, model, storage), source
@@ -123,12 +124,14 @@ class _Stage:
         self.options, self.family, self.model, self.storage = options, family, model, storage
         self.cache = storage.root
         self.layers = Layers(options, model)
-        self._inputs: dict[Reads, dict[str, str]] = {}
+        self.class_images = None if options.prior.prompt is None else class_images.ClassImages(self.layers, storage)
 
     def run(self, source: sources.Source) -> int:
         """Bring the cache up to date. This process holds it."""
         works = self._look(source, remember=True)
         _remove_parts(self.cache)
+        if self._paint_class_images():
+            works = self._look(source, remember=True)
         found = self._status(works)
         free_bytes = self._free_bytes()
         if any(layer.num_units for layer in found):
@@ -143,10 +146,23 @@ class _Stage:
         """What there is of each layer, and the bytes that are free."""
         if self.storage.remote:
             self.storage.synchronize()
-        return self._status(self._look(source, remember=False)), self._free_bytes()
+        found = self._status(self._look(source, remember=False))
+        if self.class_images is not None and (missing := self.class_images.missing()):
+            say(f"{len(missing)} of {self.options.prior.images} class images are to be painted first")
+        return found, self._free_bytes()
+
+    def _paint_class_images(self) -> bool:
+        """Whether any had to be. After all else that can be refused without an encoder: it may take hours."""
+        if self.class_images is None or not (missing := self.class_images.missing()):
+            return False
+        self.class_images.paint(missing, device_of(self.options, next(iter(self.options.engine.gpus), None)))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
 
     def _look(self, source: sources.Source, remember: bool) -> list[Work]:
         """What the cache shall have, and what is missing of it. `remember`: what is found out about the images."""
+        self._inputs: dict[Reads, dict[str, str]] = {}
         # Before the images are read: a recipe refuses where a detector's weights are missing.
         works = [Work(layer, self.cache / layer.folder) for layer in self.layers]
         self.before = Before.read(self.cache)
@@ -164,8 +180,17 @@ class _Stage:
             before = schema.read_samples(path) if path.is_file() else []
         except schema.CacheError:
             before = []  # damaged: every image is decoded again, and the file is written anew at the end
-        made = plan.make(source, self.options, self.family.size_multiple, before, self.cache, remember)
-        if gone := {sample.source for sample in before} - {sample.source for sample in made.samples}:
+        records, painted = source, set[str]()
+        if self.class_images is not None:
+            records, painted = self.class_images.beside(source), self.class_images.names
+        made = plan.make(records, self.options, self.family.size_multiple, before, self.cache, remember)
+        if dropped := {sample.source for sample in before if sample.prior} - painted:
+            warn(
+                f"{len(dropped)} class image(s) of the cache, as {min(dropped)}, are no samples any more: they are not "
+                "what prior.prompt and its other options ask for (their files stay)"
+            )
+        gone = {sample.source for sample in before if not sample.prior} - {sample.source for sample in made.samples}
+        if gone:
             warn(
                 f"{len(gone)} image(s) of the cache, as {min(gone)}, are no longer in {self.options.data}: they are no "
                 "samples any more (what was encoded of them stays in its shards)"
@@ -328,6 +353,8 @@ class _Stage:
             for work in works
         }  # fmt: skip
         kept = self._still_good()
+        if self.class_images is not None:
+            self.class_images.publish()
         writer.publish(
             self.cache,
             samples=self.plan.samples,
@@ -423,10 +450,13 @@ class _Stage:
         say(table(("layer", "rows", "made now", "kept", "MB"), rows, right=1))
         sound = [sample for sample in self.plan.sound if sample.key not in lost]
         held_out = sum(sample.split == "validation" for sample in sound)
+        num_prior = sum(sample.prior for sample in sound)
         enlarged = sum(_enlarged(sample) for sample in sound)
         shapes = Counter(f"{sample.bucket_width}x{sample.bucket_height}" for sample in sound)
         say(
-            f"cache {self.storage.url}: {len(sound):,} samples ({held_out:,} held out), {len(self.captions) - 1:,} "
+            f"cache {self.storage.url}: {len(sound):,} samples ({held_out:,} held out"
+            + (f", {num_prior:,} of class images" if num_prior else "")
+            + f"), {len(self.captions) - 1:,} "
             f"distinct captions, conditions {', '.join(self.options.condition) or 'none'}"
             + (f" (and {', '.join(kept)} from before)" if kept else "")
         )

@@ -119,6 +119,7 @@ class _Rows:
             caption_weights=self._shared(record.weights),
             status="ok",
             error=None,
+            prior=record.prior,
         )
         if scan.error is not None:
             self._samples.append(replace(base, status="error", error=scan.error))
@@ -149,7 +150,7 @@ class _Rows:
         samples.sort(key=lambda sample: sample.key)
         assert all(a.key != b.key for a, b in itertools.pairwise(samples)), "keys are unique"
         if not self._source_says_splits:
-            names = (sample.source for sample in samples if sample.status == "ok" and sample.variant == 0)
+            names = (s.source for s in samples if s.status == "ok" and s.variant == 0 and not s.prior)
             held_out = choose_held_out(names, self._options)
             for i, sample in enumerate(samples):
                 if sample.source in held_out:

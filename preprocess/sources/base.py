@@ -81,6 +81,8 @@ class Record:
     """None: the source does not say."""
     error: str | None
     """Why this sample cannot be used, in plain words, where that is known already; else None."""
+    prior: bool = False
+    """Whether this is a class image, painted by the model: see `preprocess.class_images`."""
 
 
 class Part(ABC):

@@ -28,7 +28,8 @@ FOLDER = "index"
 _BUCKETS, _ABSENT = b"buckets", b"num_absent"
 
 SAMPLES_INDEX = pa.schema([("key", pa.large_string()), ("image", pa.int32()), ("captions", pa.large_list(pa.int32()))])
-"""Beside these, `caption_weights` (large_list of float32) where a sample's captions do not all weigh the same."""
+"""Beside these, `caption_weights` (large_list of float32) where a sample's captions do not all weigh the same, and
+`prior` (uint8, 1 or 0) where some sample is a class image."""
 CAPTIONS_INDEX = pa.schema([("id", pa.binary(16))])
 PLACES_INDEX = pa.schema(
     [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int32()), ("checksum", pa.binary(16))]
@@ -160,6 +161,10 @@ class SampleIndex:
         self._keys, self._ids = _one(samples["key"]), _one(captions["id"])
         self.images: NDArray[np.int32] = _view(samples["image"])
         """By sample: the number of the image that it is a variant of."""
+        self.prior: NDArray[np.uint8] | None = None
+        """By sample: 1 where it is a class image. None where there is none."""
+        if "prior" in samples.schema.names:
+            self.prior = _view(samples["prior"])
         listed = _one(samples["captions"])
         self._starts: NDArray[np.int64] = _view(listed.offsets)
         self._captions: NDArray[np.int32] = _view(listed.values)
@@ -240,6 +245,8 @@ def samples_table(ordered: Sequence[Sample], captions: Sequence[Caption]) -> pa.
     if any(sample.caption_weights for sample in ordered):
         weights = [list(sample.caption_weights or [1.0] * len(sample.captions)) for sample in ordered]
         columns["caption_weights"] = pa.array(weights, pa.large_list(pa.float32()))
+    if any(sample.prior for sample in ordered):
+        columns["prior"] = pa.array([int(sample.prior) for sample in ordered], pa.uint8())
     return with_buckets(pa.table(columns), buckets)
 
 

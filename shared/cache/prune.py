@@ -52,6 +52,7 @@ def leftovers(cache: Cache) -> list[Leftover]:
     for name, size in _files(storage).items():
         by_top.setdefault(name.split("/")[0], {})[name] = size
     layers = {entry["folder"]: name for name, entry in cache.manifest["layers"].items()}
+    class_images = {sample.source.split("/")[0] for sample in cache.class_images}
     found: list[Leftover] = []
     for top, files in sorted(by_top.items()):
         if top in layers:
@@ -60,10 +61,16 @@ def leftovers(cache: Cache) -> list[Leftover]:
             continue
         elif top.endswith(atomic.PART):
             found.append(Leftover(top, "left by a killed run", "", tuple(files), sum(files.values())))
+        elif top in class_images:
+            parts = {name: size for name, size in files.items() if name.endswith(atomic.PART)}
+            found += [Leftover(name, "left by a killed run", "", (name,), size) for name, size in parts.items()]
+        elif f"{top}/{schema.PRIOR}.json" in files:
+            detail = "class images that were painted with other settings than now"
+            found.append(Leftover(f"{top}/", "old layer", detail, tuple(files), sum(files.values())))
         elif f"{top}/{schema.LAYER}" in files:
             detail = f"made with other settings than {_named_like(top, layers)} now"
             found.append(Leftover(f"{top}/", "old layer", detail, tuple(files), sum(files.values())))
-        elif any(name.endswith((".tar", ".parquet")) and "/" in name for name in files):
+        elif top.startswith(f"{schema.PRIOR}-") or any(n.endswith((".tar", ".parquet")) and "/" in n for n in files):
             detail = "a run that made it did not come to its end"
             found.append(Leftover(f"{top}/", "unfinished", detail, tuple(files), sum(files.values())))
         else:

@@ -322,6 +322,11 @@ class Cache:
         stated = self.manifest["samples"]["checksum"]
         return {sample.key: sample for sample in schema.read_samples(self._list(schema.SAMPLES, stated), stated)}
 
+    @property
+    def class_images(self) -> list[Sample]:
+        """The samples of class images; their source is a file of the cache itself."""
+        return [] if self.index.prior is None else [sample for sample in self.samples.values() if sample.prior]
+
     @cached_property
     def captions(self) -> dict[str, Caption]:
         """Id to caption. Read when first asked for: an object for each."""

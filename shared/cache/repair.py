@@ -8,6 +8,7 @@ ordinary run then makes what was dropped and writes the lists anew.
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def mend(cache: Path) -> list[Mended]:
             f"{cache} has cache schema version {version}, this code reads {schema.SCHEMA_VERSION}; "
             "use the version of Underdrawing that made it, or preprocess again into another folder."
         )
-    mended = list(_damaged_lists(cache, manifest))
+    mended = [*_damaged_lists(cache, manifest), *_damaged_class_images(cache, manifest)]
     for entry in manifest["layers"].values():
         mended += _Layer(cache, cache / entry["folder"], manifest).mend()
     return mended
@@ -102,6 +103,24 @@ def _damaged_lists(cache: Path, manifest: Mapping[str, Any]) -> Iterator[Mended]
                 yield Mended(file, f"not the one that {schema.MANIFEST} names")
         except CacheError as error:
             yield Mended(file, _reason(error))
+
+
+def _damaged_class_images(cache: Path, manifest: Mapping[str, Any]) -> Iterator[Mended]:
+    """Those that are not what was encoded: removed, for the ordinary run to paint again."""
+    try:
+        table = schema.read_table(cache / schema.SAMPLES, manifest["samples"]["checksum"])
+    except CacheError:
+        return  # of pictures that no table vouches for nothing is known
+    if "prior" not in table.column_names:
+        return
+    rows = table.filter(table["prior"]).select(["source", "sha256"]).to_pylist()
+    for source, sha256 in sorted({(row["source"], row["sha256"]) for row in rows}):
+        file = cache / source
+        if not file.is_file():
+            yield Mended(source, "missing")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+            file.unlink()
+            yield Mended(source, "altered")
 
 
 class _Layer:

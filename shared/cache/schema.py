@@ -31,6 +31,9 @@ SCAN = "scan"
 OPTIONS = "options.json"
 """What preprocessing was run with last, but for the cache's own path: what `status` and `repair` go by."""
 
+PRIOR = "prior"
+"""The folder of class images is `prior-1f3a9c02`, and its `prior.json` says what they were painted by."""
+
 MEND = "run the same `make preprocess` again to mend it, only what is damaged is made again."
 """The end of a refusal whose damage the preprocessing stage finds and mends by itself."""
 
@@ -52,8 +55,10 @@ SAMPLES_TABLE = pa.schema(
         ("status", pa.string()),
         ("error", pa.string()),
         ("caption_weights", pa.list_(pa.float32())),
+        ("prior", pa.bool_()),
     ]
 )
+"""`prior` is a column only where some sample is a class image."""
 CAPTIONS_TABLE = pa.schema([("id", pa.string()), ("text", pa.string())])
 INDEX_TABLE = pa.schema(
     [
@@ -106,6 +111,8 @@ class Sample:
     """Why this sample is not part of the cache, in words."""
     caption_weights: tuple[float, ...] = ()
     """How often each caption is drawn, relative to the others; empty where all weigh the same."""
+    prior: bool = False
+    """Whether this is a class image: painted by the model itself, to be trained on beside the pictures."""
 
     def input(self, reads: Reads) -> str:
         """Digest of all that this sample's bytes in a layer depend on beside the recipe: the file and its placement."""
@@ -333,7 +340,8 @@ def _read_bytes(path: Path) -> bytes:
 
 def samples_table(samples: Sequence[Sample]) -> pa.Table:
     """`samples.parquet` for these samples."""
-    return _table(samples, SAMPLES_TABLE)
+    table = _table(samples, SAMPLES_TABLE)
+    return table if any(sample.prior for sample in samples) else table.drop_columns(["prior"])
 
 
 def captions_table(captions: Sequence[Caption]) -> pa.Table:
@@ -349,7 +357,8 @@ def _table(rows: Sequence[Sample] | Sequence[Caption], table_schema: pa.Schema) 
 def read_samples(path: Path, stated: str | None = None) -> list[Sample]:
     """The rows of a `samples.parquet`. Raises `CacheError` as `read_table`."""
     table = read_table(path, stated)
-    columns = {name: table[name].to_pylist() for name in SAMPLES_TABLE.names}
+    columns = {name: table[name].to_pylist() for name in SAMPLES_TABLE.names if name in table.column_names}
+    columns.setdefault("prior", [False] * len(table))
     # Few placements for many samples, and captions that many share: one string of each in memory.
     once: dict[str, str] = {}
     columns["placement"] = [text and once.setdefault(text, text) for text in columns["placement"]]

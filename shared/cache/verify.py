@@ -6,10 +6,12 @@ refers to) are told apart from damage.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -67,6 +69,8 @@ def verify(where: Path | str) -> Verdict:
             check()
         except CacheError as error:
             verdict.problems.append(str(error))
+    with suppress(CacheError):  # of the table, which is a problem already
+        listed += _check_class_images(path, cache, verdict)
     shards: list[tuple[LayerSummary, schema.Shard]] = []
     for name in cache.layer_names:
         try:
@@ -125,6 +129,17 @@ def _verify_remote(cache: Cache) -> Verdict:
             attempt(partial(cache.storage.fetch, tar.name, num_bytes=tar.num_bytes, checksum=tar.checksum))
             verdict.num_bytes += shard.tar_bytes
     return verdict
+
+
+def _check_class_images(path: Path, cache: Cache, verdict: Verdict) -> list[Path]:
+    """Compare the pictures with what was encoded; all files that belong to them."""
+    pictures = {path / sample.source: sample.sha256 for sample in cache.class_images}
+    for file, sha256 in sorted(pictures.items()):
+        if not file.is_file():
+            verdict.problems.append(f"{file} is missing, a class image; {schema.MEND}")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+            verdict.problems.append(f"{file} is not the class image that was encoded; `make repair` paints it again.")
+    return [*pictures, *{file.parent / f"{schema.PRIOR}.json" for file in pictures}]
 
 
 def _shard_problem(folder: Path, summary: LayerSummary, shard: schema.Shard, cache: Cache) -> str | None:

@@ -71,6 +71,8 @@ class Batch:
     """Samples of the whole optimizer step that this batch is part of, over all processes."""
     position: int = 0
     """Number of this batch in the endless stream of the run: seeds its noise."""
+    weight: float = 1.0
+    """Of its losses in the step's: `loader.prior_weight` where it holds class images."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -168,6 +170,20 @@ Paint = Callable[[Order], list[NDArray[np.uint8]]]
 """Drawings and prompts -> pictures, uint8 (H, W, 3) each."""
 
 
+@dataclass(frozen=True)
+class TextToImage:
+    """diffusers' pipeline that paints from text alone: the class images of prior preservation come from it."""
+
+    pipeline: str
+    """Its class."""
+    num_steps: int
+    """Unless the user says otherwise."""
+    guidance: float
+    """Likewise."""
+    text_length: str | None = None
+    """The argument by which it is told how many text tokens to use, where that is a choice."""
+
+
 class Family(ABC):
     """One model family: facts, how its encoders run (stage 1), and how it is trained and sampled (stage 2)."""
 
@@ -181,6 +197,8 @@ class Family(ABC):
     """diffusers' pipeline that paints with a ControlNet."""
     drawing_argument: ClassVar[str] = "image"
     """What that pipeline calls the drawing."""
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
+    """What the family's pipelines are loaded with beside the model: None for components that painting does without."""
     controlnet_class: ClassVar[str]
     """diffusers' class of this family's ControlNets."""
     single_file_needs: ClassVar[str]
@@ -197,13 +215,13 @@ class Family(ABC):
     (or v) of a chain of steps, at t = 0, 1, ... 999, whose `noise_schedule` it has."""
     guidance_scale: ClassVar[float | None] = None
     """How far pictures are moved away from what the empty caption gives (classifier-free guidance). None: the base was
-    pipeline_options: ClassVar[Mapping[str, Any]] = {}
-    """What the family's pipelines are loaded with beside the model: None for components that painting does without."""
     distilled, one call does."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the base's linears that a LoRA acts on where nothing else is said."""
     has_depths: ClassVar[bool] = True
     """Whether a ControlNet may have more or fewer of the base's blocks. Where it may not, every depth is (0, 0)."""
+    text_to_image: ClassVar[TextToImage | None] = None
+    """What paints class images. None: a cache of this family has none."""
     pooled: ClassVar[str] = ""
     """The "layer.field" that `time_embedding` takes beside t. Only with `modulations`."""
     text_encoders: ClassVar[tuple[TextEncoder, ...]] = ()
@@ -409,6 +427,16 @@ class Family(ABC):
         """Integrate from noise (B, ...) to x_0 as the pipeline does; `step(x_t, t)` predicts. `scheduler`: settings of
         the model's scheduler that training has changed, as its prediction_type."""
 
+    def guided_from(self, model: ModelFolder, uncaptioned: Inputs) -> Inputs:
+        """What pictures are guided away from, with a `guidance_scale`, as the model's pipeline has it where it is given
+        no negative prompt. `uncaptioned`: the inputs with the empty caption, which it is by default."""
+        return uncaptioned
+
+    def scheduler_for(self, own: Any, changed: Mapping[str, Any]) -> Any:
+        """The scheduler to paint with in a pipeline that has its `own`: training has `changed` settings of it."""
+        assert not changed, f"training changes nothing of {self.name}'s scheduler"
+        return own
+
     @abstractmethod
     def open_decoder(self, model: ModelFolder, device: str, dtype: torch.dtype) -> Decode:
         """Load the decoder alone: the encoder's weights are not read."""
@@ -420,13 +448,3 @@ class Family(ABC):
     @abstractmethod
     def tiny(self, folder: Path, seed: int = 0) -> Path:
         """Write a pipeline of the same classes with a few thousand random parameters, for tests."""
-    def guided_from(self, model: ModelFolder, uncaptioned: Inputs) -> Inputs:
-        """What pictures are guided away from, with a `guidance_scale`, as the model's pipeline has it where it is given
-        no negative prompt. `uncaptioned`: the inputs with the empty caption, which it is by default."""
-        return uncaptioned
-
-    def scheduler_for(self, own: Any, changed: Mapping[str, Any]) -> Any:
-        """The scheduler to paint with in a pipeline that has its `own`: training has `changed` settings of it."""
-        assert not changed, f"training changes nothing of {self.name}'s scheduler"
-        return own
-

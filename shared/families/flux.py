@@ -28,6 +28,7 @@ from shared.families.base import (
     Paint,
     Posterior,
     Tensors,
+    TextToImage,
 )
 from shared.families.parts import autoencoder, clip, painter, t5
 from shared.families.parts.component import check_shapes, count_tokens
@@ -73,6 +74,7 @@ class Flux(Family):
         "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj",
         "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
+    text_to_image = TextToImage("FluxPipeline", num_steps=28, guidance=3.5, text_length="max_sequence_length")
     pooled = "clip.pooled_prompt_embeds"
     text_encoders = (clip.Clip(clip.pooled, clip.L_14),)  # T5 is never trained, nor loaded for training
     layers = (

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from shared.cache.schema import Field
-from shared.families.base import Batch, Inputs, LayerKind
+from shared.families.base import Batch, Inputs, LayerKind, TextToImage
 from shared.families.parts import clip
 from shared.families.parts.latent_diffusion import LatentDiffusion
 from shared.model_folder import ModelFolder
@@ -37,6 +37,7 @@ class StableDiffusion15(LatentDiffusion):
     }
     size_multiple = 64  # VAE 8x, then halved three times
     guidance_scale = 7.5
+    text_to_image = TextToImage("StableDiffusionPipeline", num_steps=50, guidance=7.5)
     unet: ClassVar[Mapping[str, Any]] = {
         "_class_name": "UNet2DConditionModel", "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280),
         "cross_attention_dim": 768, "in_channels": 4, "layers_per_block": 2, "out_channels": 4, "sample_size": 64,

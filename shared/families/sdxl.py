@@ -16,7 +16,7 @@ import torch
 
 from shared.cache.schema import Field
 from shared.errors import UserError
-from shared.families.base import Batch, Inputs, LayerKind
+from shared.families.base import Batch, Inputs, LayerKind, TextToImage
 from shared.families.parts import clip, sizes
 from shared.families.parts.latent_diffusion import LatentDiffusion
 from shared.model_folder import ModelFolder
@@ -35,6 +35,7 @@ class StableDiffusionXL(LatentDiffusion):
     }
     size_multiple = 32  # VAE 8x, then halved twice
     guidance_scale = 5.0
+    text_to_image = TextToImage("StableDiffusionXLPipeline", num_steps=50, guidance=5.0)
     unet: ClassVar[Mapping[str, Any]] = {
         "_class_name": "UNet2DConditionModel", "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
         "attention_head_dim": (5, 10, 20), "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,

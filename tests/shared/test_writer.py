@@ -426,11 +426,11 @@ def test_samples_table_has_the_columns_of_a_sample_in_order() -> None:
         status="error", error="cannot be decoded: 'ä'", captions=(),
     )  # fmt: skip
     assert list(schema.Sample.__dataclass_fields__) == schema.SAMPLES_TABLE.names
-    table = schema.samples_table([odd])
-    assert table.to_pylist()[0] == {name: getattr(odd, name) for name in schema.SAMPLES_TABLE.names} | {
-        "captions": [],
-        "caption_weights": [],
-    }
+    for prior in (True, False):
+        row = schema.samples_table([replace(odd, prior=prior)]).to_pylist()[0]
+        assert row.pop("prior", False) == prior  # the column is there only where it says something
+        names = [name for name in schema.SAMPLES_TABLE.names if name != "prior"]
+        assert row == {name: getattr(odd, name) for name in names} | {"captions": [], "caption_weights": []}
 
 
 def test_bytes_on_disk_counts_every_file_below(tmp_path: Path) -> None:
