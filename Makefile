@@ -3,11 +3,13 @@
 #   make demo                                  the main job on what ships with the project, in minutes, without a GPU
 #   make preprocess DATA=~/pictures            encode images and captions once, into CACHE
 #   make train                                 train a ControlNet from CACHE; nothing is encoded again
+#   make train ADAPTER=lora                    a LoRA instead; ADAPTER=full: the base itself
 #   make sweep DEPTHS="2-0 2-4 5-10" RATES="1e-5 2e-5"  many experiments from one cache, and a page that compares them
 #   make compare RUNS="runs/a runs/b"          that page of any runs: curves, pictures, figures, what differs
 #   make sample RUN=runs/depth-2-4 IMAGE=drawing.png PROMPT="..."
 #   make sample RUN=runs/depth-2-4 PAIRS=pairs.jsonl   many at once, into a grid
-#   make export RUN=runs/depth-2-4             the ControlNet for others: diffusers, ComfyUI, a model card  (STEP=500)
+#   make sample RUN=runs/lora-16 PROMPT="..."          with a LoRA or a whole base there is no drawing
+#   make export RUN=runs/depth-2-4             the weights for others: diffusers, ComfyUI, a model card     (STEP=500)
 #   make upload RUN=runs/depth-2-4 REPO=org/name       send that to the hub                                 (STEP=500)
 #   make plan DEPTH=5-10 GPU=a100              what training will need: memory, time, disk; nothing is downloaded
 #
@@ -28,13 +30,15 @@
 # Variables, with their defaults:
 #   CACHE=cache         a folder, or a URL: s3://bucket/cache, gs://..., hf://..., https://... (to read)
 #   DATA                a folder; "tars/{00000..00099}.tar"; *.parquet; a data set saved to disk  (preprocess status repair)
-#   MODEL=black-forest-labs/FLUX.1-dev  CONDITION=lineart  RESOLUTION=512                   (preprocess status)
+#   FAMILY=flux         or sd15, sdxl; training reads it from CACHE                         (preprocess status repair plan)
+#   MODEL               default: FAMILY's, black-forest-labs/FLUX.1-dev  CONDITION=lineart  RESOLUTION=512  (preprocess status)
 #   GPUS=0,1,2,3        a process on each        ENGINE=ray  on a Ray cluster               (preprocess)
-#   DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1  MEMORY=40GB  GLOBAL_BATCH=8          (train)
+#   ADAPTER=controlnet  DEPTH=2-4  NAME=depth-<DEPTH>  STEPS=10000  GPUS=1  MEMORY=40GB  GLOBAL_BATCH=8  (train)
 #   DEPTHS RATES SEEDS  to combine    NAME=sweep  GPUS=0,1 (one experiment on each)  SHARED_BASE=1 (all on one base)  (sweep)
 #   RUNS="runs/a runs/b"  or a sweep's folder      OUT=compare.html                          (compare)
 #   DEPTH=all  RESOLUTION=512  TEXT_LENGTH=512  BATCH=1  GPU=a100|h200|4090  MEMORY=40GB  SAMPLES=10000  (plan)
 #   RECIPE=some.yaml    options from a file             ARGS="--option value ..."  any option of the command
+#   UNDERDRAWING_PATH=~/mine  families, conditions and adapters of your own, laid out as here
 #   every option: python -m preprocess --help, python -m train --help, python -m train.sample --help, ...
 
 CACHE ?= cache
@@ -53,7 +57,7 @@ comma := ,
 # CONDITION="lineart canny" and CONDITION=lineart,canny are the same
 several = $(if $($(1)),--$(2) $(subst $(comma), ,$($(1))))
 data = $(if $(DATA),--data "$(DATA)")
-of_preprocess = $(call option,MODEL,model) $(call several,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution)
+of_preprocess = $(call option,FAMILY,family) $(call option,MODEL,model) $(call several,CONDITION,condition) $(call option,RESOLUTION,geometry.resolution)
 
 .PHONY: help demo preprocess train sweep compare sample export upload plan status inspect verify repair prune test check-adherence lint torture bench bench-cache clean
 
@@ -83,15 +87,16 @@ preprocess: $(INSTALLED)
 
 train: $(INSTALLED)
 	@$(if $(filter-out 1,$(or $(GPUS),1)),$(VENV)/bin/torchrun --standalone --nproc-per-node $(GPUS) -m,$(RUN_PYTHON) -m) train \
-		$(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,NAME,name) $(call option,MODEL,model) \
+		$(recipe) --cache "$(CACHE)" $(call option,ADAPTER,adapter) $(call option,DEPTH,depth) $(call option,NAME,name) \
+		$(call option,MODEL,model) \
 		$(call several,CONDITION,condition) $(call option,STEPS,steps) $(call option,MEMORY,memory.budget) \
 		$(call option,GLOBAL_BATCH,loader.global-batch) $(ARGS)
 
 sweep: $(INSTALLED)
 	@$(RUN_PYTHON) -m train.sweep $(recipe) --cache "$(CACHE)" $(call several,DEPTHS,depths) $(call several,RATES,rates) \
 		$(call several,SEEDS,seeds) $(call option,NAME,name) $(call option,MODEL,model) $(call several,CONDITION,condition) \
-		$(call option,DEPTH,depth) $(call option,STEPS,steps) $(call option,MEMORY,memory.budget) \
-		$(call option,GLOBAL_BATCH,loader.global-batch) $(call several,GPUS,gpus) $(if $(SHARED_BASE),--shared-base True) $(ARGS)
+		$(call option,ADAPTER,adapter) $(call option,DEPTH,depth) $(call option,STEPS,steps) \
+		$(call option,MEMORY,memory.budget) $(call option,GLOBAL_BATCH,loader.global-batch) $(call several,GPUS,gpus) $(if $(SHARED_BASE),--shared-base True) $(ARGS)
 
 compare: $(INSTALLED)
 	@$(if $(RUNS),,echo 'error: make compare needs RUNS="runs/a runs/b", or the folder of a sweep' >&2; exit 2)
@@ -112,7 +117,8 @@ upload: $(INSTALLED)
 	@$(RUN_PYTHON) -m train.upload --run "$(RUN)" --repo "$(REPO)" $(call option,STEP,step) $(ARGS)
 
 plan: $(INSTALLED)
-	@$(RUN_PYTHON) -m train.plan $(recipe) --cache "$(CACHE)" $(call option,DEPTH,depth) $(call option,RESOLUTION,resolution) \
+	@$(RUN_PYTHON) -m train.plan $(recipe) --cache "$(CACHE)" $(call option,FAMILY,family) \
+		$(call option,ADAPTER,adapter) $(call option,DEPTH,depth) $(call option,RESOLUTION,resolution) \
 		$(call option,TEXT_LENGTH,text-length) $(call option,BATCH,loader.batch-size) $(call option,GPU,gpu) \
 		$(call option,MEMORY,memory.budget) $(call option,SAMPLES,samples) $(call option,MODEL,model) $(ARGS)
 

@@ -42,7 +42,7 @@ def test_every_option_in_the_readme_exists() -> None:
         for config in (PreprocessConfig, SweepConfig, SampleConfig, ExportConfig, UploadConfig, DemoConfig, CheckConfig)
         for name in field_names(config)
     }
-    named = {word for code in INLINE for word in re.findall(r"--([a-z][a-z0-9.-]*)", code)}
+    named = {word for code in INLINE for word in re.findall(r"--([a-z][a-zA-Z0-9.-]*)", code) if "NAME" not in word}
     assert "controlnet.embedder" in named
     assert named - known - {"logdir", "help", "dry-run", "recipe", "quick", "only", "rows", "machine"} == set()
 
@@ -103,6 +103,18 @@ def test_make_alone_prints_help_and_targets_call_the_stages() -> None:
     ).stdout
     words = shlex.split(planned.replace("\\\n", " "))
     assert words[1:] == ["-m", "train", "--cache", "c d", "--depth", "5-10", "--name", "big", "--steps", "3"]
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ("preprocess DATA=d FAMILY=sd15", "-m preprocess --data d --cache cache --family sd15"),
+    ("train ADAPTER=lora", "-m train --cache cache --adapter lora"),
+    ("sweep ADAPTER=lora SEEDS='0 1'", "-m train.sweep --cache cache --seeds 0 1 --adapter lora"),
+    ("plan FAMILY=sd15 ADAPTER=full", "-m train.plan --cache cache --family sd15 --adapter full"),
+])  # fmt: skip
+def test_the_targets_pass_family_and_adapter_on(given: str, words: str) -> None:
+    command = ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", *shlex.split(given)]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(planned.replace("\\\n", " "))[1:] == words.split()
 
 
 @pytest.mark.parametrize(("given", "words"), [
