@@ -400,6 +400,8 @@ class _Stage:
                     f"condition {condition} is left out of the cache: {reason}. Its files stay; running again with "
                     f"CONDITION={condition} brings it up to date"
                 )
+        if not self.options.text_tokens and before.keys() & {e.tokens.name for e in self.family.text_encoders}:
+            warn("the captions' tokens are left out of the cache. Their files stay; --text-tokens True takes them up")
         return kept
 
     def _unfit(self, condition: str, layers: Mapping[str, Any]) -> str | None:

@@ -45,6 +45,9 @@ def test_tokens_are_added_alone_and_are_the_tokenizer_s_whatever_the_precision(
     again = ran(dataclasses.replace(options, precision="bf16"), capsys).made
     assert again["clip"] == again["t5"] == len(opened.captions)
     assert again["clip_tokens"] == 0
+    without = ran(dataclasses.replace(options, text_tokens=False), capsys)
+    assert "tokens are left out of the cache" in without.err
+    assert "clip_tokens" not in Cache(cache).fingerprints
 
 
 def test_a_family_without_a_text_encoder_to_train_has_no_tokens(
