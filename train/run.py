@@ -53,9 +53,9 @@ class Run:
             recorded = yaml.safe_load((self.folder / CONFIG).read_text())
             before = config.completed(recorded, config.to_dict(type(options)()))
             stated = json.loads((self.folder / RUN).read_text())
-            kind = families.get(facts["family"]).objective
-            plain = (_spelled_out(each, kind) for each in (before, config.to_dict(options)))
-            changed = changed_experiment(config.differences(*plain))
+            kind, now = families.get(facts["family"]).objective, config.to_dict(options)
+            really = config.differences(_left_open(before, kind), _left_open(now, kind))
+            changed = changed_experiment({k: v for k, v in config.differences(before, now).items() if k in really})
         except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
             raise UserError(
                 f"{self.folder} is damaged, {CONFIG} or {RUN} cannot be read ({error}); choose another NAME"
@@ -162,8 +162,8 @@ def _finite(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _spelled_out(options: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    return {**options, "objective": ObjectiveOptions.spelled_out(options["objective"], kind)}
+def _left_open(options: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    return {**options, "objective": ObjectiveOptions.left_open(options["objective"], kind)}
 
 
 def _short(value: object) -> object:

@@ -24,6 +24,7 @@ from tests.train.conftest import content, losses, metrics, train_options
 from tests.train.test_latent_diffusion import NAMES, cache_of, losses_of, moved, trainer
 from train import adapters
 from train.export import ExportConfig, export
+from train.plan import PlanConfig, plan, report, subject_of
 from train.sample import SampleConfig, sample
 from train.trainer import train
 
@@ -233,6 +234,17 @@ def test_what_training_changed_of_the_scheduler_paints_words_too_and_parts_that_
         card = (out / "README.md").read_text()
         assert ("rescale_betas_zero_snr=True" in card) == bool(changed)
     assert abs(painted[0] - painted[1]).max() > 2
+
+
+@pytest.mark.parametrize(("adapter", "title"), [("controlnet", "ControlNet"), ("full", "trained"), ("lora", "LoRA")])
+def test_a_plan_names_what_is_trained(adapter: str, title: str) -> None:
+    options = PlanConfig(cache="nowhere", family="sd15", gpu="4090", depth="2-4", adapter=adapter)
+    options = replace(options, base=replace(options.base, weights="none"))
+    subject = subject_of(options)
+    told = report(options, subject, plan(options, subject, options.depth))
+    assert re.search(rf"^{title} +[0-9.]+ B parameters", told, re.MULTILINE)
+    assert ("ControlNet" in told) == (adapter == "controlnet")
+    assert ("LoRA weights" in told) == (adapter == "lora")
 
 
 def test_the_folder_is_the_registry() -> None:

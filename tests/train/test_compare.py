@@ -551,7 +551,17 @@ def test_a_run_from_before_an_option_existed_is_of_the_same_setting(tmp_path: Pa
     old, new = (make_run(tmp_path / f"seed-{seed}", seed=seed) for seed in (0, 1))
     recorded = yaml.safe_load((old / "config.yaml").read_text())
     del recorded["ema"], recorded["early_stop"]
+    recorded["objective"]["timesteps"] = "logit_normal"  # which is what `auto` is for FLUX
     (old / "config.yaml").write_text(yaml.safe_dump(recorded))
     comparison = gather([old, new])
     assert len(comparison.settings) == 1
+    assert comparison.settings[0].label == "depth 2-4"
     assert comparison.settings == gather([new, old]).settings
+
+
+def test_what_has_no_depth_is_not_said_to_have_one(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / f"seed-{seed}", seed=seed, adherence=False, changes={"adapter": "lora"})
+    [setting] = (found := gather([tmp_path])).settings
+    assert setting.label == "lora"
+    assert {run.depth for run in found.runs} == {None}

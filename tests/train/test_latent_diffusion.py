@@ -206,7 +206,7 @@ def test_a_run_without_a_name_has_no_depth_in_it_and_one_from_before_there_was_a
 ) -> None:
     named: dict[str, Any] = {"depth": "2-4", "name": None}
     with pytest.MonkeyPatch.context() as before:
-        before.setattr(run_module, "_spelled_out", lambda options, kind: options)
+        before.setattr(run_module, "_left_open", lambda options, kind: options)
         assert train(train_options(cache, tmp_path, steps=2, objective={"timesteps": "uniform"}, **named)) == 0
         with pytest.raises(UserError, match=r"another experiment \(objective\.timesteps was uniform, is auto\)"):
             train(train_options(cache, tmp_path, steps=4, **named))
@@ -214,7 +214,7 @@ def test_a_run_without_a_name_has_no_depth_in_it_and_one_from_before_there_was_a
     assert train(train_options(cache, tmp_path, steps=4, **named)) == 0
     assert train(train_options(cache, tmp_path, steps=4, depth="2-4", name="whole")) == 0
     assert losses(tmp_path / "controlnet") == losses(tmp_path / "whole")
-    with pytest.raises(UserError, match=r"objective\.timesteps was uniform, is logit_normal"):
+    with pytest.raises(UserError, match=r"objective\.timesteps was auto, is logit_normal"):
         train(train_options(cache, tmp_path, steps=5, objective={"timesteps": "logit_normal"}, **named))
 
 

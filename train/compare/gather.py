@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared import families
+from train import adapters
 from train.compare import settings
 from train.compare.data import Comparison, Figure, Machine, Picture, RunData, Series, State
 from train.compare.measures import BY_NAME, EACH_STEP, MEASURES, RANKED_BY, Measure
@@ -72,7 +74,7 @@ def _run(folder: Folder, name: str, ranked_by: str | None) -> RunData:
         step=step,
         steps=options.get("steps"),
         seed=options.get("seed"),
-        depth=options.get("depth"),
+        depth=_depth(folder),
         num_parameters=sum(trained) if trained else None,
         global_batch=global_batch,
         options=options,
@@ -89,6 +91,16 @@ def _run(folder: Folder, name: str, ranked_by: str | None) -> RunData:
         pictures=_pictures(folder.path),
         machine=_machine(folder, components, memory, num_processes),
     )
+
+
+def _depth(folder: Folder) -> str | None:
+    """None where what was trained has none, whatever the option says."""
+    family, adapter = folder.stated.get("family"), folder.options.get("adapter")
+    if adapter in adapters.names() and not adapters.get(adapter).conditioned:
+        return None
+    if family in families.names() and not families.get(family).has_depths:
+        return None
+    return folder.options.get("depth")
 
 
 def _state(folder: Folder, step: int) -> tuple[State, str | None]:

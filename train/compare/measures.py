@@ -44,7 +44,7 @@ MEASURES = (
     ),
     Measure(
         "held_out/control_gap", "Control gap", "higher",
-        "By how much the loss with control beats that of the base alone.", "validation.samples",
+        "By how much the loss with what is trained beats that of the base alone.", "validation.samples",
     ),
     Measure(
         "held_out/loss", "Held-out loss", "lower", "On a fixed grid of samples, times and noise.", "validation.samples"

@@ -1,5 +1,5 @@
 // Held-out drawings by runs, at a step.
-const STILL = [["drawing", "Drawing"], ["original", "Original"], ["without", "Without control"]];
+const STILL = [["drawing", "Drawing"], ["original", "Original"], ["without", "Without"]];
 const pictureSteps = [...new Set(data.runs.flatMap((run) => Object.values(run.painted).flatMap((all) => all.map(([step]) => step))))].sort((a, b) => a - b);
 let cells = [];
 let playing = 0;

@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from shared import families
 from shared.config import completed, to_dict
 from shared.errors import UserError
 from train.config import TrainConfig
+from train.objectives import ObjectiveOptions
 from train.run import CONFIG, METRICS, RUN
 
 SWEEP = "sweep.json"
@@ -69,7 +71,8 @@ def _failed(sweep: Path) -> list[str]:
 def read(path: Path) -> Folder:
     """All that the folder of a run says. Nothing in it must be whole: what cannot be read is a note."""
     notes: list[str] = []
-    stated, options, figures = _json(path / RUN, notes), _options(path, notes), _figures(path / METRICS, notes)
+    stated, figures = _json(path / RUN, notes), _figures(path / METRICS, notes)
+    options = _options(path, stated.get("family"), notes)
     return Folder(path, stated, options, figures, _outcomes(path.parent).get(path.name, {}), notes)
 
 
@@ -84,7 +87,7 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _options(path: Path, notes: list[str]) -> dict[str, Any]:
+def _options(path: Path, family: str | None, notes: list[str]) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         file = path.parent / f"{path.name}.yaml"  # of an experiment that failed before it began: the sweep's recipe
@@ -95,7 +98,12 @@ def _options(path: Path, notes: list[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         notes.append(f"{path.name}: {CONFIG} cannot be read ({error})")
         return {}
-    return dict(flatten(completed(found, to_dict(TrainConfig())))) if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    options = completed(found, to_dict(TrainConfig()))
+    if family in families.names():
+        options["objective"] = ObjectiveOptions.left_open(options["objective"], families.get(family).objective)
+    return dict(flatten(options))
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "", separator: str = ".") -> Iterator[tuple[str, Any]]:

@@ -77,7 +77,9 @@ def _differing(all_options: Sequence[Mapping[str, Any]]) -> list[str]:
 def _label(differs: Mapping[str, Any], group: Sequence[RunData]) -> str:
     """What tells a setting from the others, in words: "depth 2-4, learning rate 1e-05"."""
     if not differs or not group[0].options:
-        return group[0].name if len(group) == 1 else f"depth {group[0].depth}"
+        if len(group) == 1:
+            return group[0].name
+        return f"depth {group[0].depth}" if group[0].depth else str(group[0].options.get("adapter"))
     lasts = [key.rpartition(".")[2] for key in differs]
     words = []
     for key, value in differs.items():

@@ -84,13 +84,13 @@ class ObjectiveOptions:
             raise UserError(f"objective.snr_gamma must be above 0, or 0 for none, but is {self.snr_gamma}")
 
     @staticmethod
-    def spelled_out(recorded: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-        """Options as a run has recorded them, with what `auto` was for an objective of this kind in its place: two
-        runs of which one named what the other left open are equal then."""
-        plain = dict(recorded)
-        if plain.get("timesteps") == "auto":
-            plain["timesteps"] = _AUTO[kind]
-        return plain
+    def left_open(recorded: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+        """Options as a run has recorded them, with `auto` in the place of what it is for an objective of this kind:
+        two runs are equal then of which one named what the other left open."""
+        open_ = dict(recorded)
+        if open_.get("timesteps") == _AUTO[kind]:
+            open_["timesteps"] = "auto"
+        return open_
 
     def timesteps_of(self, kind: Kind) -> Timesteps:
         """The distribution of t that an objective of this kind draws from: never `auto`."""
