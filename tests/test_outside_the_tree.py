@@ -134,6 +134,9 @@ def test_what_the_tree_s_own_adapters_and_plan_do_they_do_for_a_family_from_beyo
     full = trained(command, cache, "full", "--adapter", "full", "--base.weights", "none")
     assert fall(full, 0.9)
     assert "ink" in command("train.plan", "--cache", cache.parent / "none", "--family", "ink", "--resolution", 64)
+    assert "16 of 16 samples" in command(
+        "shared.inspect.__main__", "--cache", cache, "--out", cache.parent / "page.html"
+    )
 
 
 def test_what_is_beyond_the_tree_is_in_help_and_in_what_refusals_name(command: Command) -> None:

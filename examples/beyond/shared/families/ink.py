@@ -18,7 +18,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention
+from torch.nn.functional import conv2d, interpolate, scaled_dot_product_attention
 
 from shared.cache.schema import Field
 from shared.errors import UserError
@@ -136,7 +136,8 @@ class Ink(Family):
     def check_encoders(self, model: ModelFolder) -> None:
         if (found := model.config("vae").get("patch")) != PATCH:
             raise UserError(f"model {model.name} is none of ink's: its vae has a patch of {found}, not {PATCH}")
-        model.tensor_names("words")
+        for component in ("vae", "words"):
+            model.tensor_names(component)
 
     def fields(self, layer: LayerKind, posterior: Posterior) -> tuple[Field, ...]:
         return layer.fields
@@ -152,16 +153,15 @@ class Ink(Family):
         self, layer: LayerKind, model: ModelFolder, device: str, dtype: torch.dtype, text_length: int
     ) -> Encode:
         def latents(images: NDArray[np.uint8]) -> Tensors:
-            return {"mean": avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, PATCH).to(dtype)}
+            colours = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, H, W)
+            return {"mean": conv2d(colours, table.expand(3, 1, PATCH, PATCH), stride=PATCH, groups=3).to(dtype)}
 
         def words(captions: list[str]) -> Tensors:
-            return {"prompt_embeds": torch.stack([_embeds(table, caption, text_length) for caption in captions])}
+            rows = torch.stack([_embeds(table, caption, text_length) for caption in captions])
+            return {"prompt_embeds": rows.to(dtype)}
 
-        if layer.reads == "image":
-            return latents
-        [(_, table)] = model.tensors("words")
-        table = table.to(dtype)
-        return words
+        [(_, table)] = model.tensors(layer.components[0])
+        return latents if layer.reads == "image" else words
 
     def keep(self, layer: LayerKind, tensors: Tensors, posterior: Posterior, seed: str) -> Tensors:
         return tensors
@@ -340,10 +340,11 @@ class Ink(Family):
             torch.manual_seed(seed)
             InkBase(**CONFIG).save_pretrained(folder / "base")
             table = torch.randn(256, CONFIG["text_features"])
-        for name, config in {"vae": {"patch": PATCH}, "words": {"num_words": len(table)}}.items():
+        means = torch.full((1, 1, PATCH, PATCH), 1 / PATCH**2)
+        for name, config, tensor in (("vae", {"patch": PATCH}, means), ("words", {"num_words": len(table)}, table)):
             (folder / name).mkdir()
             (folder / name / "config.json").write_text(json.dumps(config))
-        save_file({"table": table}, folder / "words" / "model.safetensors")
+            save_file({"table": tensor}, folder / name / "model.safetensors")
         return folder
 
 
