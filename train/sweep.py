@@ -45,6 +45,7 @@ _BASE_OPTIONS = (
     "speed.",
     "memory.hoist",
     "memory.stream",
+    "lora.train_text_encoder",
 )
 """What the frozen base depends on: the same for all that share one."""
 

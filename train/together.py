@@ -1,13 +1,13 @@
-"""Several ControlNets side by side on one frozen base: `python -m train.together --recipes a.yaml b.yaml`.
+"""Several ControlNets or LoRAs side by side on one frozen base: `python -m train.together --recipes a.yaml b.yaml`.
 
 The base is most of what training takes, and it is the same for all. It is opened once; the trainers take turns on it,
-step by step. Each has what is its own: ControlNet, optimizer, loader and its position, modulation, folder. At its turn
-it says which of the base's blocks recompute their activations and with which modulation they compute, so every step is
-the one that it would be alone, to the bit on the CPU.
+step by step. Each has what is its own: ControlNet or LoRA, optimizer, loader and its position, modulation, folder. At
+its turn it says which of the base's blocks recompute their activations, with which modulation they compute, and whose
+pairs act on them, so every step is the one that it would be alone, to the bit on the CPU.
 
-On the device lie the base, of each ControlNet its weights and optimizer states, and the gradients and activations of
-one step, for they are gone when the next one has its turn. Where not all fit side by side, as many do as fit, and the
-others follow when those are done. One that fails is dropped with its reason, the others go on.
+On the device lie the base, of each run its weights and optimizer states, and the gradients and activations of one step,
+for they are gone when the next one has its turn. Where not all fit side by side, as many do as fit, and the others
+follow when those are done. One that fails is dropped with its reason, the others go on.
 """
 
 from __future__ import annotations
@@ -177,6 +177,7 @@ class _SideBySide:
                 with speaking_as(name), self._or_failed(name, hold):
                     trainer = Trainer(prepared, base)
                     hold.enter_context(closing(trainer))
+                    trainer.adapter.act(False)
                     trainer.begin()
                     live[name] = trainer, stack.enter_context(closing(trainer.steps(stop)))
                     del trainer
@@ -190,7 +191,12 @@ class _SideBySide:
         """One step; False where it was the last."""
         with speaking_as(name), self._or_failed(name, hold):
             trainer.guard.resume()
-            if next(steps, None) is not None:
+            trainer.adapter.act(True)
+            try:
+                going_on = next(steps, None) is not None
+            finally:
+                trainer.adapter.act(False)
+            if going_on:
                 trainer.optimizer.zero_grad()  # their memory serves for the others' steps
                 return True
             self._done(name, hold)
@@ -247,6 +253,7 @@ def _base_of(begun: Begun) -> dict[str, Any]:
         "device": begun.accelerator.device,
         "memory.hoist": options.memory.hoist,
         "memory.stream": options.memory.stream,
+        "lora.train_text_encoder": adapters.get(options.adapter).trains_text(options),  # decides what is computed ahead
     }
 
 

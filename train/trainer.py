@@ -17,7 +17,7 @@ import torch
 from shared.config import to_dict
 from shared.families.base import Batch
 from shared.report import components_table, progress, quiet_libraries, say
-from train import attention, checkpoints, eight_bit, fit, models, objectives, optimizer, processes
+from train import adapters, attention, checkpoints, eight_bit, fit, models, objectives, optimizer, processes
 from train.baseline import Baseline
 from train.budget import grow_segments
 from train.config import TrainConfig
@@ -73,7 +73,9 @@ def open_base(prepared: Sequence[Prepared], attention: str) -> models.Base:
     return models.open_frozen(
         first.options, first.family, first.model,
         device=device, dtype=base_dtype(first.options, device), hoist=first.fitted.hoist, stream=first.fitted.stream,
-        num_shapes=len(shapes), attention=attention,
+        # With several LoRAs on the base, each one's are compiled for themselves.
+        num_shapes=len(shapes) * max(1, sum(not adapters.get(run.options.adapter).conditioned for run in prepared)),
+        attention=attention,
         shard_over=processes.per_machine(first.accelerator) if first.fitted.shard else 1,
     )  # fmt: skip
 
@@ -284,6 +286,7 @@ class Trainer:
     def close(self) -> None:
         """Let go of what goes on in the background."""
         self.look.close()
+        self.adapter.leave_base()
         if self.ema is not None:
             self.ema.close()
         if self.models.modulation is not None:

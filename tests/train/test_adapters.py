@@ -22,11 +22,11 @@ from shared.errors import UserError
 from tests.prepared import Prepared
 from tests.train.conftest import content, losses, metrics, train_options
 from tests.train.test_latent_diffusion import NAMES, cache_of, losses_of, moved, trainer
-from train import adapters
+from train import adapters, together
 from train.export import ExportConfig, export
 from train.plan import PlanConfig, plan, report, subject_of
 from train.sample import SampleConfig, sample
-from train.trainer import train
+from train.trainer import open_base, train
 
 FAMILIES = ("flux", *NAMES)
 ADAPTERS = ("controlnet", "full", "lora")
@@ -143,6 +143,50 @@ def test_a_run_learns_and_is_shown_to_the_tracker_with_its_pictures(run: Path) -
         pytest.approx(figures["loss"]) for figures in looked
     ]
     assert len(events.Scalars("train/loss")) == STEPS
+
+
+@pytest.mark.parametrize("name", ["flux", "sd15"])
+def test_loras_and_a_controlnet_side_by_side_on_one_base_are_what_they_are_alone(name: str, tmp_path: Path) -> None:
+    made = cache_of(name, tmp_path)
+
+    def runs(folder: str) -> list[Any]:
+        common: dict[str, Any] = {
+            "depth": "1-1" if name == "flux" else "2-4", "validation": {"every": 2, "samples": 2, "timesteps": 2},
+        }  # fmt: skip
+        small, hoist = {"rank": 4, "alpha": 8.0}, {"hoist": "yes" if name == "flux" else "auto"}
+        return [
+            options_of("lora", made, tmp_path / folder, name="a", steps=4, memory=hoist, **common),
+            options_of("controlnet", made, tmp_path / folder, name="b", steps=3, memory=hoist, **common),
+            options_of(
+                "lora", made, tmp_path / folder, name="c", steps=3, seed=1, lora=small,
+                memory={**hoist, "recompute": "all"}, **common,
+            ),
+        ]  # fmt: skip
+
+    for options in runs("alone"):
+        assert train(options) == 0
+    opened: list[Any] = []
+
+    def open_once(prepared: Any, attention: str) -> Any:
+        opened.append(open_base(prepared, attention))
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together, "open_base", open_once)
+        assert together.train_together(runs("shared")) == 0
+    [base] = opened
+    for run in ("a", "b", "c"):
+        assert metrics(tmp_path / "shared" / run) == metrics(tmp_path / "alone" / run)
+        folder = "controlnet" if run == "b" else "lora"
+        assert content(tmp_path / "shared" / run / folder) == content(tmp_path / "alone" / run / folder)
+    assert not any(module._forward_hooks for module in base.module.modules())
+
+
+def test_a_whole_base_is_not_shared(tmp_path: Path) -> None:
+    made = cache_of("sd15", tmp_path)
+    both = [options_of("full", made, tmp_path, name=name, steps=1) for name in ("a", "b")]
+    with pytest.raises(UserError, match="adapter full changes what the base computes"):
+        together.train_together(both)
 
 
 @pytest.mark.parametrize("name", NAMES)

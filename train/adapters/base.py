@@ -122,7 +122,7 @@ class Adapter(ABC):
     @classmethod
     def trains_text(cls, options: Any) -> bool:
         """Whether the family's text encoders are trained along: their tokens are read, not what they said before, and
-        nothing that depends on what they say is computed ahead. `options`: `TrainConfig` or `train.counting.Setting`."""
+        nothing that depends on what they say is computed ahead. `options`: `TrainConfig`, `train.counting.Setting`."""
         return False
 
     # --- made -------------------------------------------------------------------------------------------------------
@@ -176,6 +176,14 @@ class Adapter(ABC):
     def with_blocks(self) -> torch.nn.Module | None:
         """The trained module where it has transformer blocks of its own, beside the base's."""
         return None
+
+    def act(self, now: bool) -> None:
+        """On a base that several share in turns: whether what it has put on the base computes there now."""
+        del now  # most put nothing there
+
+    def leave_base(self) -> None:
+        """Take off the base what it has put there, for good."""
+        self.act(False)
 
     def refuse_trainable_base(self) -> None:
         """Raise `UserError` where what is to stay as it is of the base has begun to require gradients."""

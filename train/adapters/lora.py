@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from shared.errors import UserError, nearest
 from shared.families.base import Batch, Family, Inputs, TextEncoder
@@ -145,6 +146,7 @@ class Pairs(torch.nn.Module):
         self.scale = options.scale
         self.on = True
         """Whether the pairs act."""
+        self._watching: list[RemovableHandle] = []
         self.pairs = torch.nn.ModuleList(
             Pair(K, N, options.rank, dtype=dtype, device=device) for N, K in shapes.values()
         )
@@ -156,7 +158,12 @@ class Pairs(torch.nn.Module):
                     torch.empty(weight.shape), a=math.sqrt(5), generator=draw
                 )  # on the CPU and in fp32: the same on every device
                 weight.copy_(drawn)
-            linear.register_forward_hook(self._watcher(pair))
+            self._watching.append(linear.register_forward_hook(self._watcher(pair)))
+
+    def leave(self) -> None:
+        """Watch the model no more: nothing of it holds them then."""
+        for handle in self._watching:
+            handle.remove()
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -230,6 +237,7 @@ class LoraAdapter(Adapter):
     title: ClassVar[str] = "LoRA"
     conditioned: ClassVar[bool] = False
     spreads_base: ClassVar[bool] = True
+    shares_base: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -319,6 +327,12 @@ class LoraAdapter(Adapter):
         kept = [i for i, linear in enumerate(self.lora.linears) if linear in there]
         self.lora.pairs = torch.nn.ModuleList(self.lora.pairs[i] for i in kept)
         return self
+
+    def act(self, now: bool) -> None:
+        self.lora.on = now
+
+    def leave_base(self) -> None:
+        self.lora.leave()
 
     @property
     def text_encoders(self) -> list[torch.nn.Module]:
