@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 
 from examples.check_adherence import CheckConfig
@@ -42,9 +43,27 @@ def test_every_option_in_the_readme_exists() -> None:
         for config in (PreprocessConfig, SweepConfig, SampleConfig, ExportConfig, UploadConfig, DemoConfig, CheckConfig)
         for name in field_names(config)
     }
-    named = {word for code in INLINE for word in re.findall(r"--([a-z][a-zA-Z0-9.-]*)", code) if "NAME" not in word}
-    assert "controlnet.embedder" in named
-    assert named - known - {"logdir", "help", "dry-run", "recipe", "quick", "only", "rows", "machine"} == set()
+    commands = [*INLINE, *re.findall(r"""ARGS=(".*?"|'.*?')""", "\n".join(FENCED), re.DOTALL)]
+    named = {word for code in commands for word in re.findall(r"--([a-z][a-zA-Z0-9.-]*)", code) if "NAME" not in word}
+    assert {"controlnet.embedder", "source.caption"} <= named
+    named -= {"conditions.stipple.dot"}  # from beyond the tree
+    of_others = {"logdir", "help", "dry-run", "recipe", "quick", "only", "rows", "machine"}
+    of_others |= {"table", "plan", "minutes", "tiny"}  # of the benchmarks
+    assert named - known - of_others == set()
+
+
+def test_every_recipe_and_launch_file_in_the_readme_exists() -> None:
+    named = set(re.findall(r"\b(?:train|preprocess)/recipes/[\w-]+\.yaml|\bexamples/launch/\w+\.yaml", README))
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_what_the_readme_s_python_takes_from_diffusers_is_there() -> None:
+    taken = {
+        name for line in re.findall(r"^from diffusers import (.+)$", README, re.MULTILINE) for name in line.split(", ")
+    }
+    assert {"FluxControlNetPipeline", "StableDiffusionControlNetPipeline", "FluxTransformer2DModel"} <= taken
+    assert taken <= {*dir(diffusers)}
 
 
 def test_every_file_in_the_map_of_the_code_exists() -> None:
