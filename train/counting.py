@@ -87,6 +87,18 @@ class Setting:
     """What is trained."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     """Where that is a LoRA."""
+    prior: bool = False
+    """Each batch is followed by as many class images."""
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the gradients of several batches add up."""
+        return self.num_batches > 1
+
+    @property
+    def num_batches(self) -> int:
+        """Of a step, in one process."""
+        return self.accumulation * (2 if self.prior else 1)
 
 
 # What is counted
@@ -216,7 +228,7 @@ def trace(setting: Setting, *, whole: bool = False) -> Trace:
     Settings that differ in nothing that a trace depends on share one."""
     release = OptimizerOptions(release=True, clip="parameter") if setting.optimizer.release else OptimizerOptions()
     # The buckets of several processes are there before backward, as gradients are that were accumulated already.
-    accumulation = min(setting.accumulation, 2) if setting.num_processes == 1 else 2
+    accumulation = 2 if setting.accumulates or setting.num_processes > 1 else 1
     alike = replace(
         setting,
         stream=False,
@@ -226,6 +238,7 @@ def trace(setting: Setting, *, whole: bool = False) -> Trace:
         accumulation=accumulation,
         optimizer=release,
         averaged=False,
+        prior=False,
     )
     return _trace(alike, whole)
 

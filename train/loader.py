@@ -4,10 +4,14 @@ The order is an endless stream of batches, a function of (seed, samples, batch s
 permutation, every sample is seen exactly once in it. A step takes the next accumulation * processes batches of the
 stream, so the same stream serves any number of processes, and resuming means: go on at this number. Threads make the
 coming batches; which one makes which changes nothing.
+
+Where the cache has class images, each batch is followed in the stream by one of as many of them, of their own shape: a
+*place* of the order is then two positions of the stream.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -19,11 +23,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.cache.storage import Listed
 from shared.errors import UserError
 from shared.families.base import Batch, Tensors
-from train.order import GlobalOrder, Order, WindowOrder, uniform
+from train.order import GlobalOrder, Order, Turns, WindowOrder, uniform
 from train.rows import Buffers, Stacking
 from train.samples import EMPTY_CAPTION, CachedSamples, Choice
 from train.transfer import Coming, Transfer
@@ -47,6 +52,9 @@ class LoaderOptions:
     """Share of samples that are trained with the empty caption, so that the condition must carry the picture."""
     condition_draw: bool = True
     """Draw the condition's latents from their posterior as diffusers' pipeline does; false: take their mean."""
+    prior_weight: float = 1.0
+    """Prior preservation, where the cache has class images (`preprocess --prior.prompt`): as many of them as pictures
+    join each step, and their mean loss counts so many times. 0: they are left out, which halves the time of a step."""
     variants: Literal["all", "one"] = "all"
     """all: every crop and mirrored copy of an image is a sample of its own. one: an epoch sees each image once, in a
     variant that is drawn; take it where images have different numbers of variants, or an epoch shall be short."""
@@ -67,9 +75,11 @@ class LoaderOptions:
         """Whether the order of a new run is that of windows, with a cache that comes over a network or not."""
         return self.order == "window" or (self.order == "auto" and remote)
 
-    def unused(self, *, remote: bool) -> list[str]:
-        """Options that differ from their default but have no effect, with a cache that comes over a network or not."""
-        idle = {name for name, used in (("window", self.in_windows(remote=remote)), ("lookahead", remote)) if not used}
+    def unused(self, *, remote: bool, prior: bool = True) -> list[str]:
+        """Options that differ from their default but have no effect, with a cache that comes over a network or not, and
+        has class images or not."""
+        uses = (("window", self.in_windows(remote=remote)), ("lookahead", remote), ("prior_weight", prior))
+        idle = {name for name, used in uses if not used}
         return [
             field.name for field in fields(self) if field.name in idle and getattr(self, field.name) != field.default
         ]
@@ -86,12 +96,17 @@ class LoaderOptions:
                 raise UserError(
                     "loader.global_batch chooses loader.batch_size and loader.accumulation: leave those out, or it"
                 )
+        if not 0 <= self.prior_weight < math.inf:
+            raise UserError(f"loader.prior_weight must be 0 or more, not {self.prior_weight}")
         if not 0 <= self.caption_dropout <= 1:
             raise UserError(f"loader.caption_dropout is a share from 0 to 1, not {self.caption_dropout}")
 
 
 class Loader:
     """Batches for one process, from any position on. Iterating yields lists: the batches of one optimizer step."""
+
+    prior: Turns | None = None
+    """Of the class images that follow each batch. None: there are none, or they are left out."""
 
     def __init__(
         self,
@@ -118,6 +133,8 @@ class Loader:
         )
         in_windows = options.in_windows(remote=samples.cache.storage.remote)
         self.order = self._windows(options.window, WINDOW_CHUNKS) if in_windows else self._global()
+        if samples.trains_prior(options.prior_weight):
+            self.prior = Turns(samples.num_prior, options.batch_size, seed)
 
     def _global(self) -> Order:
         return GlobalOrder(self._buckets, self.options.batch_size, self.seed)
@@ -132,17 +149,44 @@ class Loader:
 
     @property
     def batches_per_step(self) -> int:
-        """Batches of one optimizer step over all processes."""
+        """Batches of one optimizer step over all processes, those of class images not counted."""
         return self.options.accumulation * self.num_ranks
 
+    @property
+    def batches_of_a_place(self) -> int:
+        """Positions of the stream that belong to one place of the order: 2 with class images."""
+        return 1 if self.prior is None else 2
+
+    def own(self, position: int) -> int:
+        """Which of this process's batches, counted from 0, number `position` of the stream is."""
+        place, beside = divmod(position, self.batches_of_a_place)
+        number, rank = divmod(place, self.num_ranks)
+        assert rank == self.rank, f"batch {position} is another process's"
+        return number * self.batches_of_a_place + beside
+
+    def position(self, own: int) -> int:
+        """The inverse of `own`."""
+        number, beside = divmod(own, self.batches_of_a_place)
+        return (number * self.num_ranks + self.rank) * self.batches_of_a_place + beside
+
     def choose(self, position: int) -> Choice:
-        """What goes into batch number `position`: drawn for each sample by the seed, the epoch and its number alone."""
-        epoch, samples = position // self.batches_per_epoch, self.samples
-        indices = self.order.places(position)
+        """What goes into batch number `position`: drawn for each sample by the seed, the epoch and its number alone;
+        for class images, of which an epoch may need each several times, by the seed, the position and the number."""
+        place, beside = divmod(position, self.batches_of_a_place)
+        epoch, indices = place // self.batches_per_epoch, self.order.places(place)
+        if beside:
+            assert self.prior is not None
+            assert self.samples.prior is not None
+            indices = self.samples.prior.start + self.prior.numbers(place, len(indices))
+            return self._choice(indices, position, "prior")
         if self._images is not None:
             indices = self._images.draw(indices, uniform(1, indices, self.seed, epoch, "variant")[0])
+        return self._choice(indices, epoch, "choice")
+
+    def _choice(self, indices: NDArray[np.int64], when: int, what: str) -> Choice:
+        samples = self.samples
         numbers = samples.numbers(indices)
-        dropped, captions, conditions, drawings = uniform(4, numbers, self.seed, epoch, "choice").tolist()
+        dropped, captions, conditions, drawings = uniform(4, numbers, self.seed, when, what).tolist()
         return Choice(
             indices=indices.tolist(),
             captions=[
@@ -159,8 +203,11 @@ class Loader:
         if making is not None:
             making.begin(stacking)
         batch.position, batch.step_samples = position, len(batch)
+        place, beside = divmod(position, self.batches_of_a_place)
+        if beside:
+            batch.prior_weight = self.options.prior_weight
         if self.batches_per_step > 1:
-            first = position - position % self.batches_per_step
+            first = place - place % self.batches_per_step
             batch.step_samples = int(self.order.sizes(np.arange(first, first + self.batches_per_step)).sum())
         batch.tensors = stacking.finish()
         return batch
@@ -178,24 +225,25 @@ class Loader:
 
         ahead, transfer = _Ahead(self), Transfer(self.device)
         ready: deque[_Making] = deque()
-        following = self.step * self.batches_per_step + self.rank
+        of_a_step = self.options.accumulation * self.batches_of_a_place
+        following = self.step * of_a_step
         threads = ThreadPoolExecutor(self.options.workers, thread_name_prefix="loader", initializer=begin)
         try:
             while True:
                 taken: list[Coming] = []
                 self.waited_seconds = 0.0
-                while len(taken) < self.options.accumulation:
+                while len(taken) < of_a_step:
                     if ready:
                         began = time.perf_counter()
                         taken.append(ready.popleft().take(transfer))
                         self.waited_seconds += time.perf_counter() - began
                     # Not before one is taken: threads that begin another compete for the interpreter meanwhile.
-                    ahead.announce(following - len(ready) * self.num_ranks)
+                    ahead.announce(following - len(ready))
                     while len(ready) < self.options.prefetch:
-                        ready.append(_Making(threads, self, following))
-                        following += self.num_ranks
+                        ready.append(_Making(threads, self, self.position(following)))
+                        following += 1
                 if transfer.ahead:  # the next step's batches arrive during this one, no more: they take memory
-                    for making in islice(ready, self.options.accumulation):
+                    for making in islice(ready, of_a_step):
                         making.send(transfer)
                 self.step += 1
                 yield [coming.take() for coming in taken]
@@ -275,22 +323,21 @@ class _Ahead:
     def __init__(self, loader: Loader) -> None:
         self._loader, self._storage = loader, loader.samples.cache.storage
         self._coming: deque[dict[str, Listed]] = deque()
-        """Of each position from the last announced one on, its shards."""
+        """Of each batch of this process, from the last announced one on, its shards."""
         self._first = 0
         self._announced: list[Listed] = []
 
-    def announce(self, position: int) -> None:
-        """From now on the batches from `position` on are needed."""
+    def announce(self, own: int) -> None:
+        """From now on this process's batches from number `own` on are needed."""
         if not self._storage.remote:
             return
-        stride = self._loader.num_ranks
-        while self._coming and self._first < position:
+        while self._coming and self._first < own:
             self._coming.popleft()
-            self._first += stride
+            self._first += 1
         if not self._coming:
-            self._first = position
+            self._first = own
         while len(self._coming) < self._loader.options.lookahead:
-            choice = self._loader.choose(self._first + len(self._coming) * stride)
+            choice = self._loader.choose(self._loader.position(self._first + len(self._coming)))
             self._coming.append(self._loader.samples.shards(choice))
         files = list({name: file for shards in self._coming for name, file in shards.items()}.values())
         if files != self._announced:

@@ -75,7 +75,7 @@ class Counted:
     @property
     def model_flops(self) -> float:
         """Operations that the method asks for, whatever is recomputed, of all batches of a step."""
-        return self.setting.accumulation * sum(work.flops for work in self.work.values()) - self.recomputed_flops
+        return self.setting.num_batches * sum(work.flops for work in self.work.values()) - self.recomputed_flops
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def count(setting: Setting, base_blocks: int = 0, controlnet_blocks: int = 0, *,
         components=_components(setting, traced, peak),
         pass_peak_bytes=peak.pass_bytes,
         work=work,
-        recomputed_flops=setting.accumulation * (sum(part.flops for part in work.values()) - none),
+        recomputed_flops=setting.num_batches * (sum(part.flops for part in work.values()) - none),
         streamed_bytes=2 * sum(traced.weights.base_blocks) if setting.stream else 0,
         host_states_bytes=_states_bytes(setting, traced) if setting.optimizer.states == "cpu" else 0,
     )
@@ -200,7 +200,7 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield "--memory.stream yes", alone
         kept = replace(kept, stream=True)
         yield f"{words} --memory.stream yes".strip(), kept
-    if setting.accumulation == 1 and not setting.optimizer.release:
+    if not setting.accumulates and not setting.optimizer.release:
         releasing = replace(kept.optimizer, release=True, clip="parameter")
         streamed = "--memory.stream yes " if frozen else ""
         yield (
@@ -279,7 +279,7 @@ def _peak(setting: Setting, traced: Trace, segments: Iterator[Segment]) -> _Peak
     held: Counter[Holder] = Counter({"step": traced.weights.batch})
     # Of several processes the buckets, in which the gradients lie. What is accumulated before processes meet is beside
     # them: only the last batch's backward brings it in.
-    copies = (setting.accumulation > 1) + (setting.num_processes > 1)
+    copies = setting.accumulates + (setting.num_processes > 1)
     held["gradients"] = copies * sum(_trained_bytes(setting, traced))
     if _is_spread_whole(setting):  # a card's part, and those of the blocks whose parts are being brought together
         whole = sum(_trained_bytes(setting, traced))

@@ -163,13 +163,11 @@ class _Following:
 
     def place(self, position: int) -> tuple[int, int]:
         """(group, slot) of a batch of this process."""
-        number, rank = divmod(position, self.loader.num_ranks)
-        assert rank == self.loader.rank, f"batch {position} is another process's"
-        return divmod(number, self.S)
+        return divmod(self.loader.own(position), self.S)
 
     def position(self, group: int, slot: int) -> int:
         """The inverse of `place`."""
-        return (group * self.S + slot) * self.loader.num_ranks + self.loader.rank
+        return self.loader.position(group * self.S + slot)
 
 
 class Modulation:

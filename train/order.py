@@ -109,6 +109,27 @@ class Order(Protocol):
         ...
 
 
+class Turns:
+    """Class images beside the batches of an order: each comes as often as the others, in a fresh order every time
+    round. What belongs to a batch is a function of its position alone."""
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+
+    def numbers(self, position: int, count: int) -> NDArray[np.int64]:
+        """The numbers, from 0 to n - 1, of the `count` class images beside batch number `position`. A batch that is
+        not full passes over the turns of those that it lacks."""
+        assert count <= self.batch_size
+        rounds, places = np.divmod(position * self.batch_size + np.arange(count), self.n)
+        return np.array(
+            [
+                Permutation(self.n, self.seed, round_, "prior")(place)
+                for round_, place in zip(rounds.tolist(), places.tolist(), strict=True)
+            ],
+            np.int64,
+        )
+
+
 class GlobalOrder:
     """The exact shuffle: every epoch a fresh permutation of each bucket, cut into batches, and one of all batches."""
 

@@ -80,6 +80,8 @@ class Subject:
     num_samples: int
     sample_bytes: int
     """Of the cache: latents of image and condition, and one caption's embeddings."""
+    prior: bool = False
+    """The cache has class images that join each step."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def subject_of(options: PlanConfig) -> Subject:
     family = families.get(options.family)
     name = options.model or family.default_model
     height = width = options.resolution or 512
+    prior = False
     text_length, num_samples = options.text_length or family.max_text_length, options.samples or SAMPLES
     if options.resolution is None and (is_remote(options.cache) or (Path(options.cache) / "cache.json").is_file()):
         from shared.cache.reader import Cache
@@ -122,6 +125,7 @@ def subject_of(options: PlanConfig) -> Subject:
         lengths = [recipe["text_length"] for recipe in samples.recipes.values() if "text_length" in recipe]
         text_length = options.text_length or next(iter(lengths), family.max_text_length)
         num_samples = options.samples or len(samples)
+        prior = samples.trains_prior(options.loader.prior_weight)
         name = options.model or cache.manifest["model"]["name"]
     if height % family.size_multiple or width % family.size_multiple:
         raise UserError(f"RESOLUTION is a multiple of {family.size_multiple}, not {height}")
@@ -136,6 +140,7 @@ def subject_of(options: PlanConfig) -> Subject:
         text_length=text_length,
         num_samples=num_samples,
         sample_bytes=sum(math.prod(shape) for shape in shapes.values()) * torch.bfloat16.itemsize,
+        prior=prior,
     )
 
 
@@ -218,6 +223,7 @@ def _setting(options: PlanConfig, subject: Subject) -> Setting:
         averaged=options.ema.on_device,
         adapter=options.adapter,
         lora=options.lora,
+        prior=subject.prior,
     )
 
 
@@ -253,7 +259,7 @@ def report(options: PlanConfig, subject: Subject, planned: Plan) -> str:
         "",
         table(
             ("work of a step", "TFLOP"),
-            [(name, f"{work.flops * setting.accumulation / 1e12:.2f}") for name, work in _worthy(counted, title)]
+            [(name, f"{work.flops * setting.num_batches / 1e12:.2f}") for name, work in _worthy(counted, title)]
             + [
                 ("all", f"{(counted.model_flops + counted.recomputed_flops) / 1e12:.2f}"),
                 ("of it recomputed", f"{counted.recomputed_flops / 1e12:.2f}"),

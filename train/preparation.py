@@ -220,6 +220,11 @@ def decide_fit(
     """Batches, and what is given up for memory: decided by the largest step that will come. `beside_bytes`: what others
     hold on the device that train on the same base."""
     setting = setting_of(options, accelerator.device, family, model, samples, checkpoint)
+    if setting.prior and options.optimizer.release:
+        raise UserError(
+            "optimizer.release cannot add up the gradients of pictures and class images: leave it out, or the class "
+            "images (loader.prior_weight 0)"
+        )
     free_bytes = fit.free_bytes(accelerator)
     if accelerator.is_main_process and (free_bytes is not None or options.memory.budget != "auto") and not beside_bytes:
         say("counting what a step will take ...")
@@ -263,6 +268,7 @@ def setting_of(
         averaged=options.ema.on_device,
         adapter=options.adapter,
         lora=options.lora,
+        prior=samples.trains_prior(options.loader.prior_weight),
     )
 
 
@@ -288,7 +294,8 @@ def _warn(
     unused += [f"early_stop.{name}" for name in options.early_stop.unused()]
     if options.early_stop.on and not len(parts[1]):
         unused.append("early_stop.patience")
-    unused += [f"loader.{name}" for name in options.loader.unused(remote=parts[0].cache.storage.remote)]
+    remote, prior = parts[0].cache.storage.remote, bool(parts[0].num_prior)
+    unused += [f"loader.{name}" for name in options.loader.unused(remote=remote, prior=prior)]
     adapter = adapters.get(options.adapter)
     unused += adapter.unused(options)
     others = {name for name in adapters.names() if name != adapter.name}

@@ -125,12 +125,12 @@ def predict(counted: Counted, gpu: Gpu, *, compiled: bool, arithmetic: Arithmeti
         parts[f"{name}, the rest"] = (dequantized + rest) / gpu.bytes_per_second
         alone = work.products.total() + work.attention.total()
         num_launches += alone + (work.num_kernels - alone) * (FUSED_KERNELS if compiled else 1.0)
-    parts = {name: seconds * setting.accumulation for name, seconds in parts.items()}
+    parts = {name: seconds * setting.num_batches for name, seconds in parts.items()}
     parts["optimizer"] = counted.num_trained * OPTIMIZER_BYTES / gpu.bytes_per_second
     return Prediction(
         parts_seconds=parts,
-        host_seconds=num_launches * setting.accumulation * gpu.launch_seconds,
-        bus_seconds=counted.streamed_bytes * setting.accumulation / gpu.bus_bytes_per_second,
+        host_seconds=num_launches * setting.num_batches * gpu.launch_seconds,
+        bus_seconds=counted.streamed_bytes * setting.num_batches / gpu.bus_bytes_per_second,
         states_seconds=counted.host_states_bytes / gpu.bus_bytes_per_second,
     )
 

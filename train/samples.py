@@ -87,8 +87,8 @@ def conditions_of(cache: Cache, chosen: Sequence[str], *, conditioned: bool) -> 
 class CachedSamples:
     """The samples of one split of a cache that every needed layer has something for, by index; random access.
 
-    Indices run from 0 to the length, along the samples' numbers in the cache. Nothing is kept for each sample, but
-    where some cannot be used: then the numbers of those that can.
+    Indices run from 0 to the length, along the samples' numbers in the cache, and those of class images from there on.
+    Nothing is kept for each sample, but where some cannot be used, or are class images: then the numbers of all.
     """
 
     def __init__(
@@ -123,6 +123,8 @@ class CachedSamples:
             for name, (kind, layers) in self.layers.items()
         }
         self._refuse_mixtures()
+        self.prior: Size | None = None
+        """The class images, which are no part of the length: of one shape. None where there are none."""
         self.by_size, self._numbers = self._usable()
 
     def _names(self, kind: LayerKind) -> list[str]:
@@ -137,16 +139,28 @@ class CachedSamples:
         begin, end = (buckets[0].start, buckets[-1].stop) if buckets else (0, 0)
         sound = self._sound(begin, end)
         self._begin = begin
-        if sound is None:
+        marked = self.cache.index.prior
+        prior = None if marked is None or not marked[begin:end].any() else marked[begin:end].astype(np.bool_)
+        if sound is None and prior is None:
             return [Size(b.width, b.height, b.start - begin, b.stop - begin) for b in buckets], None
-        numbers = begin + np.flatnonzero(sound)
-        edges = [*np.searchsorted(numbers, starts).tolist(), len(numbers)]
-        sizes = [
-            Size(b.width, b.height, start, stop)
-            for b, start, stop in zip(buckets, edges[:-1], edges[1:], strict=True)
-            if stop > start
-        ]
-        return sizes, numbers
+
+        def among(chosen: NDArray[np.bool_]) -> tuple[list[Size], NDArray[np.int64]]:
+            numbers = begin + np.flatnonzero(chosen)
+            edges = [*np.searchsorted(numbers, starts).tolist(), len(numbers)]
+            shapes = zip(buckets, edges[:-1], edges[1:], strict=True)
+            return [Size(b.width, b.height, start, stop) for b, start, stop in shapes if stop > start], numbers
+
+        if sound is None:
+            sound = np.ones(end - begin, np.bool_)
+        if prior is None:
+            return among(sound)
+        sizes, numbers = among(sound & ~prior)
+        prior_sizes, prior_numbers = among(sound & prior)
+        if len(prior_sizes) > 1:
+            raise UserError(f"{self.cache.url} has class images of several shapes; preprocess again")
+        for size in prior_sizes:
+            self.prior = Size(size.width, size.height, len(numbers), len(numbers) + size.stop)
+        return sizes, np.concatenate([numbers, prior_numbers])
 
     def _sound(self, begin: int, end: int) -> NDArray[np.bool_] | None:
         """Which of these numbers every layer has something for, their captions too; None: all."""
@@ -192,10 +206,19 @@ class CachedSamples:
     def __len__(self) -> int:
         return self.by_size[-1].stop if self.by_size else 0
 
+    @property
+    def num_prior(self) -> int:
+        """Class images that can be trained on beside the samples."""
+        return 0 if self.prior is None else self.prior.stop - self.prior.start
+
+    def trains_prior(self, weight: float) -> bool:
+        """Whether class images join each step, with this `loader.prior_weight`."""
+        return self.num_prior > 0 and weight > 0
+
     @cached_property
     def num_left_out(self) -> int:
         """Samples of this split that training does not see: unsound ones, and those that a layer has nothing for."""
-        masked = sum(len(b) for b in self.cache.index.buckets if b.split == self.split) - len(self)
+        masked = sum(len(b) for b in self.cache.index.buckets if b.split == self.split) - len(self) - self.num_prior
         stated = self.cache.manifest["samples"]
         if not stated["errors"]:
             return masked
@@ -231,8 +254,9 @@ class CachedSamples:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) in pixels of every bucket that has samples, sorted."""
-        return sorted({(size.width, size.height) for size in self.by_size})
+        """(width, height) in pixels of every bucket that has samples or class images, sorted."""
+        every = self.by_size if self.prior is None else [*self.by_size, self.prior]
+        return sorted({(size.width, size.height) for size in every})
 
     @cached_property
     def digest(self) -> str:
@@ -245,6 +269,8 @@ class CachedSamples:
 
     def size_of(self, index: int) -> Size:
         """The shape of a sample, with all that have it."""
+        if self.prior is not None and index >= self.prior.start:
+            return self.prior
         return self.by_size[bisect_right(self.by_size, index, key=lambda size: size.start) - 1]
 
     def number(self, index: int) -> int:

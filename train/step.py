@@ -91,14 +91,17 @@ class Step:
 
     def backward(self, batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Gradients of the mean loss over all samples of the step, whatever the sizes of its batches, added to those
-        that are there. Back come this process's share of that loss, 0-dim, and each batch's losses (B,), all fp32 on
-        the device: nothing waits for it here."""
+        that are there; with class images, of that over the pictures plus `prior_weight` times that over as many class
+        images (DreamBooth, arXiv 2208.12242, eq. 2). Back come this process's share of that loss, 0-dim, and each
+        batch's losses (B,), all fp32 on the device: nothing waits for it here."""
         total = torch.zeros((), device=self.device)
         losses: list[torch.Tensor] = []
         for i, batch in enumerate(batches):
             with self._gradients_stay(i == len(batches) - 1), self._compiled(batch):
                 loss = self.loss(batch)  # (B,)
                 share = loss.sum() / batch.step_samples
+                if batch.prior_weight is not None:
+                    share = batch.prior_weight * share
                 if self._own_backward is not None:
                     self._own_backward(share, i == len(batches) - 1)
                 elif self.accelerator is None:
@@ -111,27 +114,36 @@ class Step:
 
     def __call__(self, batches: list[Batch], step: int, rate: float) -> dict[str, float]:
         """Step number `step` (the first is 1) at this learning rate. Back come loss, norm of the gradient and learning
-        rate; what came of the update is known later: see `arrived` and `late`. Raises `UserError` naming the samples
-        where the loss or the gradient is not finite, before any weight has moved."""
+        rate, and with class images their mean loss alone; what came of the update is known later: see `arrived` and
+        `late`. Raises `UserError` naming the samples where the loss or the gradient is not finite, before any weight
+        has moved."""
         self.adapter.refuse_trainable_base()
         optimizer = self.optimizer
         measure = optimizer.options.measures(step)
         optimizer.begin(rate, seed_of(self.seed, step, ROUNDING), measure=measure)
         total, losses = self.backward(batches)
         norm = optimizer.norm()
+        prior = [
+            loss.sum() / batch.step_samples
+            for batch, loss in zip(batches, losses, strict=True)
+            if batch.prior_weight is not None
+        ]
+        means = [total, torch.stack(prior).sum()] if prior else [total]
         if self.accelerator is not None:
-            total = self.accelerator.reduce(total, reduction="sum")
-        scalars = [scalar.to(total) for scalar in (total, norm, *self._late.values())]
-        loss_value, norm_value, *before = torch.stack(scalars).tolist()  # the step's one wait for the device
+            means = [self.accelerator.reduce(mean, reduction="sum") for mean in means]
+        scalars = [scalar.to(total) for scalar in (means[0], norm, *means[1:], *self._late.values())]
+        loss_value, norm_value, *rest = torch.stack(scalars).tolist()  # the step's one wait for the device
+        of_prior, before = rest[: len(means) - 1], rest[len(means) - 1 :]
         self.arrived = dict(zip(self._late, before, strict=True))
         self._refuse_non_finite(batches, losses, step, loss_value, norm_value)
         update = optimizer.finish(norm_value)
-        self._late = {"update_norm": update.norm}
+        self._late = {} if update.norm is None else {"update_norm": update.norm}
         if update.found is not None:
             self._late["found_step_size"] = update.found
         if (survival := update.survival) is not None:
             self._late |= {"update_kept": survival.update_kept, "share_updated": survival.share_updated}
-        return {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
+        figures = {"loss": loss_value, "gradient_norm": norm_value, "learning_rate": rate}
+        return {**figures, "prior_loss": of_prior[0]} if of_prior else figures
 
     def late(self) -> dict[str, float]:
         """What came of the last step's update, where it cannot wait for the next step: norm, and what survived of it
@@ -145,7 +157,7 @@ class Step:
 
     def _gradients_stay(self, last: bool) -> AbstractContextManager[object]:
         """Of several batches only the last one's backward brings the processes' gradients together."""
-        if last or self.accelerator is None:
+        if last or self.accelerator is None or self._own_backward is not None:
             return nullcontext()
         return self.accelerator.no_sync(self.adapter.module)
 

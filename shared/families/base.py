@@ -71,8 +71,8 @@ class Batch:
     """Samples of the whole optimizer step that this batch is part of, over all processes."""
     position: int = 0
     """Number of this batch in the endless stream of the run: seeds its noise."""
-    weight: float = 1.0
-    """Of its losses in the step's: `loader.prior_weight` where it holds class images."""
+    prior_weight: float | None = None
+    """Of class images: of their losses in the step's. None: these are pictures."""
 
     def __len__(self) -> int:
         return len(self.keys)
