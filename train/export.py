@@ -10,7 +10,8 @@ RUN/export/step-00000400/          (of the average of the weights: step-00000400
 ComfyUI reads diffusers' own names: what it takes for FLUX in this layout has "controlnet_blocks.0.weight" and
 "controlnet_x_embedder.weight", and it counts the blocks (comfy/controlnet.py, load_controlnet_state_dict and
 load_controlnet_flux_instantx; comfy/utils.py, flux_to_diffusers). So both files are one, linked where the file system
-can.
+can. A LoRA on a UNet it knows by sd-scripts' names alone (comfy/lora.py, model_lora_keys_unet), and so its single file
+has these; diffusers reads them, too.
 """
 
 from __future__ import annotations
@@ -132,13 +133,18 @@ def _write_weights(
     if tensors is found:
         shutil.copyfile(source, target)
         return
+    _save(tensors, target, like=source)
+
+
+def _save(tensors: dict[str, torch.Tensor], target: Path, like: Path) -> None:
+    """Write tensors, for whom `like` is there to be read. Raises `UserError` where the disk is full."""
     try:
         save_file(tensors, target, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk comes in its class, with the system's number in the text alone
         found = re.search(r"os error (\d+)", str(error))
         refusal = disk_full(OSError(int(found[1]), str(error)), f"writing {target}") if found else None
         raise refusal or error from error
-    shutil.copymode(source, target)  # safetensors makes files that nobody else may read
+    shutil.copymode(like, target)  # safetensors makes files that nobody else may read
 
 
 def _write_single(family: Family, adapter: type[Adapter], weights: Path, name: str, out: Path) -> str | None:
@@ -154,11 +160,25 @@ def _write_single(family: Family, adapter: type[Adapter], weights: Path, name: s
                 "which a depth without double blocks has not; diffusers reads it"
             )
             return None
+    if adapter.name == "lora" and family.lora_prefixes:
+        _save(_renamed(load_file(weights), family.lora_prefixes), part / name, like=weights)
+        return name
     try:
         os.link(weights, part / name)
     except OSError:  # not on this file system
         shutil.copyfile(weights, part / name)
     return name
+
+
+def _renamed(tensors: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """A LoRA's tensors by the names of sd-scripts: A is the way down, B the way up, dots are underscores."""
+    ways = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        component, _, rest = name.partition(".")
+        linear, way, _ = rest.rsplit(".", 2)
+        renamed[f"{prefixes[component]}_{linear.replace('.', '_')}.{ways[way]}.weight"] = tensor
+    return renamed
 
 
 def _copy_pictures(run: Path, part: Path, step: int, count: int) -> tuple[str, ...]:

@@ -218,6 +218,9 @@ class Family(ABC):
     distilled, one call does."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the base's linears that a LoRA acts on where nothing else is said."""
+    lora_prefixes: ClassVar[Mapping[str, str]] = {}
+    """Component to how the names of its LoRA begin in a single file for other programs, where they do not know it by
+    diffusers' names."""
     has_depths: ClassVar[bool] = True
     """Whether a ControlNet may have more or fewer of the base's blocks. Where it may not, every depth is (0, 0)."""
     text_to_image: ClassVar[TextToImage | None] = None

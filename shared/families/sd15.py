@@ -37,6 +37,7 @@ class StableDiffusion15(LatentDiffusion):
     }
     size_multiple = 64  # VAE 8x, then halved three times
     guidance_scale = 7.5
+    lora_prefixes: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}
     text_to_image = TextToImage("StableDiffusionPipeline", num_steps=50, guidance=7.5)
     unet: ClassVar[Mapping[str, Any]] = {
         "_class_name": "UNet2DConditionModel", "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280),

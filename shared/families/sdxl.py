@@ -35,6 +35,9 @@ class StableDiffusionXL(LatentDiffusion):
     }
     size_multiple = 32  # VAE 8x, then halved twice
     guidance_scale = 5.0
+    lora_prefixes: ClassVar[Mapping[str, str]] = {
+        "unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2",
+    }  # fmt: skip
     text_to_image = TextToImage("StableDiffusionXLPipeline", num_steps=50, guidance=5.0)
     unet: ClassVar[Mapping[str, Any]] = {
         "_class_name": "UNet2DConditionModel", "addition_embed_type": "text_time", "addition_time_embed_dim": 256,

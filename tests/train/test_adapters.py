@@ -12,17 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared import families
 from shared.cache.reader import Cache
 from shared.errors import UserError
+from shared.model_folder import ModelFolder
 from tests.prepared import Prepared
 from tests.train.conftest import content, losses, metrics, train_options
 from tests.train.test_latent_diffusion import NAMES, cache_of, losses_of, moved, trainer
 from train import adapters, together
+from train.adapters.lora import chosen
 from train.export import ExportConfig, export
 from train.plan import PlanConfig, plan, report, subject_of
 from train.sample import SampleConfig, sample
@@ -241,6 +245,33 @@ def test_the_card_s_code_paints_with_the_export_in_another_process_and_otherwise
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith("(64, 64, 3)")
     assert int(done.stdout.split()[-1]) > 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lora_s_single_file_has_the_names_that_other_programs_know_and_paints_alike(
+    name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    made = cache_of(name, tmp_path)
+    options = options_of("lora", made, tmp_path, name="known", steps=3, lora={"rank": 4, "alpha": 2.0})
+    assert train(options) == 0
+    out = export(ExportConfig(run=str(tmp_path / "known"), precision="fp32", base="me/tiny", licence="mit"))
+    model = Path(Cache(made).manifest["model"]["name"])
+    base = families.get(name).make_base(ModelFolder(str(model), None, model))
+    linears = chosen(base, families.get(name).lora_targets)
+    ends = [f"{way}.weight" for way in ("lora_down", "lora_up")]
+    expected = {f"lora_unet_{linear.replace('.', '_')}.{end}" for linear in linears for end in ends}
+    assert set(load_file(out / "known.safetensors")) == expected
+    painted = []
+    for file in ("pytorch_lora_weights.safetensors", "known.safetensors", None):
+        pipeline = DiffusionPipeline.from_pretrained(model)
+        pipeline.set_progress_bar_config(disable=True)
+        if file is not None:
+            pipeline.load_lora_weights(out, weight_name=file)
+        words: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+        painted.append(pipeline("a box", generator=torch.Generator().manual_seed(0), **words).images)
+    torch.testing.assert_close(painted[0], painted[1])
+    assert not torch.allclose(painted[0], painted[2], rtol=1e-2)
 
 
 def test_it_is_sampled(run: Path, tmp_path: Path) -> None:
