@@ -32,6 +32,8 @@ from train.fit import decide
 from train.loader import LoaderOptions
 from train.memory_plan import count
 from train.preparation import ground_of, prepare
+from train.rows import Buffers
+from train.samples import CachedSamples
 from train.trainer import Trainer, train
 
 LOOKS = {"every": 4, "samples": 2, "timesteps": 2}
@@ -254,6 +256,25 @@ def test_a_caption_that_is_dropped_is_the_empty_one_s_tokens(
     expected = encoder.open_tokens(made.model)([""])["input_ids"]  # type: ignore[attr-defined]
     assert torch.equal(batch.tensors["clip_tokens.input_ids"], expected.expand(2, -1))
     assert made.step([batch], 1, 1e-3)["loss"] > 0
+
+
+def test_without_the_pairs_it_says_of_tokens_what_is_cached(any_cache: Path, tmp_path: Path, stack: ExitStack) -> None:
+    made = stirred(trainer(stack, text_options(any_cache, tmp_path)))
+    choice = made.loader.choose(0)
+    [batch] = next(iter(made.loader))
+    plain = CachedSamples(made.samples.cache, made.family, (), "train")
+    cached, stacking = plain.begin_batch(choice, Buffers(pinned=False))
+    cached.tensors = stacking.finish()
+    expected = made.family.inputs(cached, None, torch.float32).embeds
+    with torch.no_grad():
+        without = made.adapter.inputs(batch, None, torch.float32, without=True).embeds
+        trained = made.adapter.inputs(batch, None, torch.float32).embeds
+    differing = {name for name in expected if not torch.allclose(trained[name], expected[name], atol=1e-3)}
+    assert differing == {"flux": {"pooled_projections"}, "sd15": {"encoder_hidden_states"}}.get(
+        made.family.name, {"encoder_hidden_states", "text_embeds"}
+    )
+    for name, tensor in expected.items():  # in a batch of another size sums may be rounded otherwise
+        torch.testing.assert_close(without[name], tensor, rtol=1e-5, atol=1e-5)
 
 
 # --- what it cannot be trained with ---------------------------------------------------------------------------------
