@@ -169,13 +169,6 @@ def hoistable(setting: Setting) -> bool:
 
 def _may_shard(memory: MemoryOptions, setting: Setting, cards: int) -> bool:
     """Whether the base can be spread over cards, and may. Raises `UserError` where it must and cannot."""
-    if setting.optimizer.kind == "prodigy" and not adapters.get(setting.adapter).keeps_base:
-        if memory.shard == "yes":
-            raise UserError(
-                "memory.shard yes: prodigy finds one step size from all weights, and a base that is trained is spread "
-                "with its optimizer: set optimizer.kind adamw8bit"
-            )
-        return False
     if memory.shard == "yes" and cards == 1:
         raise UserError(
             "memory.shard yes: there is one process on this machine, and the base is spread over those of a machine: "
@@ -183,6 +176,8 @@ def _may_shard(memory: MemoryOptions, setting: Setting, cards: int) -> bool:
         )
     if memory.shard == "yes" and setting.base == "quanto":
         raise UserError("memory.shard yes: quanto's own weights cannot be cut; set base.weights int8")
+    if setting.optimizer.kind == "prodigy" and not adapters.get(setting.adapter).keeps_base:
+        return False  # it finds one step size from all weights, which would be spread with it
     return memory.shard == "auto" and cards > 1 and setting.base != "quanto"
 
 

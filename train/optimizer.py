@@ -44,9 +44,10 @@ class Survival:
 class Update:
     """What one step did."""
 
-    norm: torch.Tensor
+    norm: torch.Tensor | None
     """Of the change of all weights together, as it was meant, before any rounding; 0-dim float32 on the device. (The
-    change that was made would be longer by rounding's noise, several times so at usual learning rates.)"""
+    change that was made would be longer by rounding's noise, several times so at usual learning rates.) None where
+    the optimizer does not tell it."""
     survival: Survival | None
     """Where it was measured."""
     found: torch.Tensor | None = None

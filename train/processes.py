@@ -22,13 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared.config import differences, to_dict
 from shared.errors import EXIT_REFUSED, UserError
+from train import zero
 from train.adapters.base import Adapter
 from train.config import TrainConfig
 from train.loader import LoaderOptions
 from train.run import RUN, Run
 from train.step import Backward
 
-TOGETHER = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+TOGETHER = (
+    DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED,
+    DistributedType.XLA,
+)  # fmt: skip
 """Ways of accelerate's in which every process runs our own step."""
 PATIENCE = timedelta(hours=1)
 """How long a process waits for another one. While one looks at held-out samples the others wait."""
@@ -41,6 +45,7 @@ def accelerator(options: TrainConfig) -> Accelerator:
     accelerate was set up for a library that would take the step out of our hands."""
     if options.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("tracker wandb: the package is not installed; run pip install wandb")
+    zero.refuse_missing()
     made = Accelerator(
         cpu=options.device == "cpu",
         # The user's `accelerate config` may say fp16, which would scale the loss behind our back.
@@ -53,7 +58,7 @@ def accelerator(options: TrainConfig) -> Accelerator:
         raise UserError(
             f"accelerate is set up for {made.distributed_type.value}, but training brings its own: gradients meet in "
             "DDP, and memory.shard spreads the base over a machine's cards. Launch with "
-            "--config_file examples/launch/one_machine.yaml, or answer no to FSDP and DeepSpeed in accelerate config"
+            "--config_file examples/launch/one_machine.yaml, or answer no to FSDP in accelerate config"
         )
     return made
 

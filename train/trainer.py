@@ -17,7 +17,7 @@ import torch
 from shared.config import to_dict
 from shared.families.base import Batch
 from shared.report import components_table, progress, quiet_libraries, say
-from train import adapters, attention, checkpoints, eight_bit, fit, models, objectives, optimizer, processes
+from train import adapters, attention, checkpoints, eight_bit, fit, models, objectives, optimizer, processes, zero
 from train.baseline import Baseline
 from train.budget import grow_segments
 from train.config import TrainConfig
@@ -102,10 +102,13 @@ class Trainer:
         spread = self.models.trained_shards
         trained = dict(self.adapter.named_parameters()) if spread is None else spread.parts
         self.optimizer: AnyOptimizer
-        if spread is None:
-            self.optimizer = optimizer.make(options.optimizer, trained, self.adapter.rates(options))
-        else:
+        if spread is not None:
             self.optimizer = ShardedOptimizer(options.optimizer, spread)
+        elif zero.wanted():
+            shard = self.models.shards is not None
+            self.optimizer = zero.ZeroOptimizer(options.optimizer, self.adapter.bare, trained, accelerator, shard=shard)
+        else:
+            self.optimizer = optimizer.make(options.optimizer, trained, self.adapter.rates(options))
         state = {} if checkpoint is None else checkpoints.state(checkpoint)
         if checkpoint is not None:
             self.optimizer.load_state(checkpoints.optimizer_tensors(checkpoint), state["optimizer"])
@@ -119,6 +122,8 @@ class Trainer:
         backward: Backward | None = None
         if spread is not None:
             backward = spread.backward
+        elif isinstance(self.optimizer, zero.ZeroOptimizer):
+            backward, self.adapter.module = self.optimizer.backward, self.optimizer.engine
         elif self.models.shards is not None and not self.adapter.conditioned:
             backward = processes.adding_up(self.adapter, accelerator)
         else:
@@ -163,7 +168,8 @@ class Trainer:
         if accelerator.is_main_process:
             say(components_table(self.models.components))
             say(
-                f"{len(self.samples)} samples to train on, {len(prepared.held_out)} held out; "
+                f"{len(self.samples)} samples to train on, {len(prepared.held_out)} held out"
+                f"{f', {self.samples.num_prior} class images' if loader.prior else ''}; "
                 f"{loader.batches_per_epoch} batches an epoch; "
                 f"global batch {loader.options.batch_size * loader.batches_per_step}; run {self.run.folder}"
             )
@@ -312,7 +318,7 @@ class Trainer:
     def _save(self, step: int, *, best: bool = False) -> None:
         spread, save_weights = self.models.trained_shards, self.adapter.save
         average = None if self.ema is None else partial(self.ema.save, write=self.adapter.write)
-        if self.accelerator.is_main_process or spread is not None:
+        if self.accelerator.is_main_process or spread is not None or zero.wanted():
             tensors, meta = self.optimizer.state()
         if spread is not None:
             save_weights = partial(self.adapter.write, tensors=spread.whole(spread.parts))

@@ -83,6 +83,11 @@ class FullAdapter(Adapter):
                     "Memory is saved by --optimizer.release True, --optimizer.states cpu, --memory.recompute all, and "
                     "over several cards --memory.shard yes"
                 )
+        if options.memory.shard == "yes" and options.optimizer.kind == "prodigy":
+            raise UserError(
+                "memory.shard yes: prodigy finds one step size from all weights, and a base that is trained is spread "
+                "with its optimizer: set optimizer.kind adamw8bit"
+            )
         if options.speed.arithmetic != "exact":
             raise UserError(
                 f"speed.arithmetic {options.speed.arithmetic} is for an int8 base, and adapter full has none: leave it "
