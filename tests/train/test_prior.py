@@ -21,7 +21,9 @@ from shared.families.base import Batch
 from tests.conftest import preprocess_options, write_data
 from tests.train import made_cache
 from tests.train.conftest import content, flux, losses, metrics, train_options
+from train.counting import Setting
 from train.loader import Loader, LoaderOptions
+from train.memory_plan import count
 from train.order import Turns
 from train.preparation import ground_of, prepare
 from train.samples import CachedSamples
@@ -99,6 +101,10 @@ def test_each_batch_is_followed_by_as_many_class_images(made: Path, num_ranks: i
         assert {batch.position + 1: len(batch) for batch in pictures} == {
             batch.position: len(batch) for batch in classes
         }
+        turns = Turns(NUM_PRIOR, 2, seed=3)
+        for batch in classes:
+            drawn = turns.numbers(batch.position // 2, len(batch))
+            assert batch.keys == [f"s{number:03d}p" for number in drawn]
         assert {batch.step_samples for batch in batches} == {sum(map(len, pictures))}
         assert all(key.endswith("p") == (batch.prior_weight == 1.0) for batch in batches for key in batch.keys)
         assert {(batch.width, batch.height) for batch in classes} == {(16, 16)}
@@ -163,7 +169,7 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def options_of(cache: Path, runs: Path, **changes: Any) -> Any:
-    learning = {"learning_rate": 1e-2, "kind": "adamw", "clip": "none"}
+    learning = {"learning_rate": 1e-2, "kind": "adamw"}
     return train_options(
         cache, runs, **{"adapter": "lora", "optimizer": learning, "base": {"weights": "none"}, **changes}
     )
@@ -183,7 +189,7 @@ def by_hand(trainer: Trainer, batch: Batch) -> torch.Tensor:
         left = family.noise_schedule(trainer.model)[t.long()].view(-1, 1, 1, 1)
         x_t, target = left.sqrt() * x_0 + (1 - left).sqrt() * noise, noise
     inputs = family.inputs(batch, None, torch.float32)
-    prediction = family.predict(trainer.adapter.base, x_t, t, inputs, 1.0, None)
+    prediction = family.predict(trainer.adapter.base, x_t, t, inputs, trainer.adapter.guidance, None)
     return (prediction - target).square().flatten(1).mean(1).mean()
 
 
@@ -191,7 +197,10 @@ def test_a_step_learns_the_pictures_mean_loss_and_prior_weight_times_that_of_cla
     cache: Path, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        prepared = prepare(options_of(cache, tmp_path, loader={"batch_size": 2, "prior_weight": 0.25}), stack)
+        prepared = prepare(
+            options_of(cache, tmp_path, loader={"batch_size": 2, "prior_weight": 0.25}, objective={"snr_gamma": 0.0}),
+            stack,
+        )
         assert prepared is not None
         trainer = Trainer(prepared)
         with torch.no_grad():  # off the start, where a LoRA's second factors are zero
@@ -225,6 +234,7 @@ def test_a_run_learns_from_both_resumes_to_the_bit_and_looks_at_pictures_alone(c
             assert train(options_of(cache, tmp_path, name=run, steps=steps, memory=memory, **common)) == 0
         whole, halves = (tmp_path / f"{name}-{memory.get('hoist', '')}x" for name in ("whole", "halves"))
         assert losses(whole) == losses(halves)
+        assert losses(whole) == losses(tmp_path / f"whole-{'no' if memory else ''}x")  # with times known ahead, too
         assert content(whole / "lora") == content(halves / "lora")
     lines = metrics(whole)
     assert all("prior_loss" in line for line in lines if "loss" in line)
@@ -236,6 +246,13 @@ def test_a_run_learns_from_both_resumes_to_the_bit_and_looks_at_pictures_alone(c
     assert train(alone) == 0
     assert not any("prior_loss" in line for line in metrics(tmp_path / "alone"))
     assert losses(tmp_path / "alone") != losses(whole)
+
+
+def test_a_step_is_counted_as_two_batches_whose_gradients_add_up() -> None:
+    setting = Setting(depth=(1, 1), height=64, width=64, text_length=16, adapter="lora", dtype=torch.float32)
+    with_them, accumulating = (count(replace(setting, **way)) for way in ({"prior": True}, {"accumulation": 2}))
+    assert with_them.peak_bytes == accumulating.peak_bytes > count(setting).peak_bytes
+    assert with_them.model_flops == accumulating.model_flops == 2 * count(setting).model_flops
 
 
 def test_gradients_that_add_up_are_not_released(cache: Path, tmp_path: Path) -> None:
