@@ -25,12 +25,16 @@ from shared.model_folder import ModelFolder
 from tests.prepared import Prepared
 from tests.train.conftest import content, losses, metrics, train_options
 from tests.train.test_latent_diffusion import NAMES, cache_of, losses_of, moved, trainer
+from tests.train.test_sweep import forked, sweep_options
 from train import adapters, together
 from train.adapters.lora import chosen
 from train.export import ExportConfig, export
 from train.plan import PlanConfig, plan, report, subject_of
 from train.sample import SampleConfig, sample
+from train.sweep import PAGE, sweep
 from train.trainer import open_base, train
+
+__all__ = ["forked"]
 
 FAMILIES = ("flux", *NAMES)
 ADAPTERS = ("controlnet", "full", "lora")
@@ -309,6 +313,30 @@ def test_what_training_changed_of_the_scheduler_paints_words_too_and_parts_that_
         card = (out / "README.md").read_text()
         assert ("rescale_betas_zero_snr=True" in card) == bool(changed)
     assert abs(painted[0] - painted[1]).max() > 2
+
+
+def test_a_sweep_over_adapters_and_ranks_has_one_page_and_a_base_is_shared_where_it_stays_as_it_is(
+    tmp_path: Path, forked: list[list[str]]
+) -> None:
+    made, looks = cache_of("sdxl", tmp_path), {"every": 2, "samples": 2, "timesteps": 2}
+    common: dict[str, Any] = {"depth": "2-4", "steps": 2, "validation": looks, "base": {"weights": "none"}}
+    assert sweep(sweep_options(made, tmp_path, vary=("adapter=controlnet,full,lora",), **common)) == 0
+    trained = {"adapter-controlnet": "controlnet", "adapter-full": "unet", "adapter-lora": "lora"}
+    for name, folder in trained.items():
+        assert (tmp_path / "first" / name / folder).is_symlink()
+    page = (tmp_path / "first" / PAGE).read_text()
+    assert all(name in page for name in trained)
+    assert "2-4" not in page  # a depth that none of them has
+    forked.clear()
+    assert sweep(sweep_options(made, tmp_path, vary=("adapter=controlnet,full,lora",), **common)) == 0
+    assert not forked
+
+    options = sweep_options(made, tmp_path, adapter="lora", vary=("lora.rank=2,16",), shared_base=True, **common)
+    assert sweep(replace(options, name="second")) == 0
+    assert [words[0] for words in forked] == ["train.together"]
+    assert metrics(tmp_path / "second" / "rank-16") == metrics(tmp_path / "first" / "adapter-lora")
+    with pytest.raises(UserError, match="SHARED_BASE: adapter full changes what the base computes"):
+        sweep(sweep_options(made, tmp_path, adapter="full", seeds=(0, 1), shared_base=True, **common))
 
 
 @pytest.mark.parametrize(("adapter", "title"), [("controlnet", "ControlNet"), ("full", "trained"), ("lora", "LoRA")])

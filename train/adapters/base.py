@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -157,6 +158,19 @@ class Adapter(ABC):
     @abstractmethod
     def predict_without(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """That of the base alone; only where the adapter `keeps_base`."""
+
+    @property
+    def called(self) -> torch.nn.Module:
+        """What is called to predict, now: looking at held-out samples is one process's business, and the wrapper would
+        have all of them take part."""
+        return self.module if torch.is_grad_enabled() else self.bare
+
+    def autocast(self, x_t: torch.Tensor) -> AbstractContextManager[object]:
+        """fp32 weights with bf16 activations: computed in bf16, gradients arrive in fp32."""
+        weights = next(self.trained.parameters()).dtype
+        if weights == x_t.dtype or x_t.is_meta:  # which has no autocast: where memory is counted, it is imitated
+            return nullcontext()
+        return torch.autocast(x_t.device.type, dtype=x_t.dtype)
 
     @property
     def has_idle_parameters(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -148,11 +147,9 @@ class ControlNetAdapter(Adapter):
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
         """Under the control of `inputs.condition`."""
-        # Looking at held-out samples is one process's business: the wrapper would have all of them take part.
-        module = self.module if torch.is_grad_enabled() else self.controlnet
-        with self._autocast(x_t):
+        with self.autocast(x_t):
             residuals = self.family.residuals(
-                module, x_t, t, inputs, self.options.guidance, self.options.control_mode, scale
+                self.called, x_t, t, inputs, self.options.guidance, self.options.control_mode, scale
             )
         residuals = tuple(
             None if group is None else [residual.to(x_t.dtype) for residual in group] for group in residuals
@@ -169,13 +166,6 @@ class ControlNetAdapter(Adapter):
     @property
     def with_blocks(self) -> torch.nn.Module:
         return self.controlnet
-
-    def _autocast(self, x_t: torch.Tensor) -> AbstractContextManager[object]:
-        """fp32 weights with bf16 activations: computed in bf16, gradients arrive in fp32."""
-        weights = next(self.controlnet.parameters()).dtype
-        if weights == x_t.dtype or x_t.is_meta:  # which has no autocast: where memory is counted, it is imitated
-            return nullcontext()
-        return torch.autocast(x_t.device.type, dtype=x_t.dtype)
 
     def save(self, folder: Path) -> dict[str, torch.Tensor]:
         """`FluxControlNetModel.from_pretrained(folder)` reads it. What comes back is on the device."""

@@ -8,7 +8,6 @@ For FLUX.1-dev that is 24 GB of weights, as much again of gradients unless they 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -112,20 +111,11 @@ class FullAdapter(Adapter):
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
         assert scale == 1.0, "there is no base to mix it with"
-        # Looking at held-out samples is one process's business: the wrapper would have all of them take part.
-        module = self.module if torch.is_grad_enabled() else self.bare
-        with self._autocast(x_t):
-            return module(x_t, t, inputs).to(x_t.dtype)
+        with self.autocast(x_t):
+            return self.called(x_t, t, inputs).to(x_t.dtype)
 
     def predict_without(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         raise AssertionError("the base is not what it was")
-
-    def _autocast(self, x_t: torch.Tensor) -> AbstractContextManager[object]:
-        """fp32 weights with bf16 activations: computed in bf16, gradients arrive in fp32."""
-        weights = next(self.base.parameters()).dtype
-        if weights == x_t.dtype or x_t.is_meta:  # which has no autocast: where memory is counted, it is imitated
-            return nullcontext()
-        return torch.autocast(x_t.device.type, dtype=x_t.dtype)
 
     def refuse_trainable_base(self) -> None:
         """It is to be trainable."""

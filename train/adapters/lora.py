@@ -360,15 +360,13 @@ class LoraAdapter(Adapter):
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, inputs: Inputs, scale: float = 1.0) -> torch.Tensor:
         # What text encoders say is in the inputs; `scale` is the base's pairs'.
-        # Looking at held-out samples is one process's business: the wrapper would have all of them take part.
-        module = self.module if torch.is_grad_enabled() else self.bare
         if scale == 1.0:
-            return module(x_t, t, inputs)
+            return self.called(x_t, t, inputs)
         assert not torch.is_grad_enabled(), "what is recomputed in backward would be with another scale"
         kept = self.lora.scale
         self.lora.scale = kept * scale
         try:
-            return module(x_t, t, inputs)
+            return self.called(x_t, t, inputs)
         finally:
             self.lora.scale = kept
 
