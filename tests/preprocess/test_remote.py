@@ -16,6 +16,7 @@ from preprocess.config import PreprocessConfig
 from preprocess.engine import EngineOptions
 from preprocess.engines import processes
 from preprocess.pipeline import preprocess
+from preprocess.prior import PriorOptions
 from shared.cache.storage import RemoteOptions
 from shared.errors import UserError
 from tests import forked
@@ -67,6 +68,23 @@ def test_a_remote_cache_has_the_bytes_of_a_local_one_and_is_known_on_another_mac
     assert not any(again.made.values())
     assert again.kept == first.made
     assert in_bucket(url) == in_folder(tiny_cache)
+
+
+def test_class_images_of_a_remote_cache_are_painted_on_one_machine_and_known_on_another(
+    url: str, tiny_data: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prior = PriorOptions(prompt="a box", images=2, steps=1)
+    first = ran(options_of(tiny_data, tiny_model, url, tmp_path / "one", condition=(), prior=prior), capsys)
+    assert first.code == 0
+    assert "painting 2 of 2 class images" in first.out
+    there = in_bucket(url)
+    assert [name.partition("/")[2] for name in there if name.startswith("prior-")] == [
+        "00000.png", "00001.png", "prior.json",
+    ]  # fmt: skip
+    again = ran(options_of(tiny_data, tiny_model, url, tmp_path / "another", condition=(), prior=prior), capsys)
+    assert "painting" not in again.out
+    assert not any(again.made.values())
+    assert in_bucket(url) == there
 
 
 def child(options: PreprocessConfig, environment: dict[str, str]) -> None:
