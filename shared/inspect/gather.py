@@ -80,6 +80,8 @@ class Facts:
     """Those left out too."""
     num_images: int
     """Of which there are samples that are not left out."""
+    num_prior: int
+    """Samples of class images, which the model painted."""
     num_captions: int
     """Distinct ones, the empty one not counted."""
     layers: list[LayerFacts]
@@ -134,6 +136,7 @@ def gather(options: InspectConfig) -> Facts:
         notes=model.notes,
         num_samples=len(opened.samples),
         num_images=len(np.unique(opened.index.images)),
+        num_prior=0 if opened.index.prior is None else int(opened.index.prior.sum()),
         num_captions=opened.index.num_captions - 1,
         layers=[_layer(layer) for layer in opened.layers.values()],
         buckets=_buckets(opened, failed.incomplete),

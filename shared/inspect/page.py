@@ -68,7 +68,8 @@ def _header(facts: Facts, made_at: datetime) -> str:
     with_conditions = f"with the condition{'s' * (len(conditions) != 1)} {e(_listed(conditions))}"
     sentence = (
         f"{plural(num_sound, 'sample')} of {plural(facts.num_images, 'image')} for {e(manifest['family'].upper())}, "
-        f"{with_conditions if conditions else 'without a condition'}."
+        f"{with_conditions if conditions else 'without a condition'}"
+        f"{f'; {facts.num_prior:,} of the samples are class images' if facts.num_prior else ''}."
     )
     model = manifest["model"]
     revision = f" at {model['revision'][:8]}" if model["revision"] else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from shared.cache.prune import leftovers
 from shared.cache.reader import Cache
 from shared.cache.verify import verify
 from shared.errors import UserError
+from shared.inspect.config import InspectConfig
+from shared.inspect.gather import gather
+from shared.inspect.page import page
 from tests.conftest import TEXT_LENGTH, preprocess_options, write_data
 from tests.preprocess.runs import contents, ran
 
@@ -84,6 +88,8 @@ def test_they_are_samples_to_train_on_with_their_caption_and_never_held_out(fini
     marked = cache.index.prior
     assert marked is not None
     assert sorted(cache.index.key(int(number)) for number in marked.nonzero()[0]) == sorted(s.key for s in painted)
+    facts = gather(InspectConfig(finished.cache, samples=2, decode=0, device="cpu"))
+    assert "without a condition; 3 of the samples are class images." in page(facts, datetime.now())
     everyone = replace(finished, validation_fraction=0.99, validation_max=64)
     assert preprocess(everyone) == 0
     held_out = [sample for sample in Cache(finished.cache).samples.values() if sample.split == "validation"]
