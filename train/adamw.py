@@ -121,10 +121,13 @@ def update(
         for gradient in gradients:
             gradient.mul_(scale)
     # The fused kernel counts on the device, one up.
-    steps = [torch.full((), float(piece.num_steps - 1), device=values[0].device) for piece in pieces]
+    fused = values[0].device.type != "xla"  # which has no such kernel, and counts on the host
+    steps = [
+        torch.full((), float(piece.num_steps - 1), device=values[0].device if fused else "cpu") for piece in pieces
+    ]
     adamw(
         values, gradients, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
-        steps, fused=True, amsgrad=False, maximize=False,
+        steps, fused=fused, amsgrad=False, maximize=False,
         beta1=options.beta1, beta2=options.beta2, lr=learning_rate,
         weight_decay=options.weight_decay, eps=options.epsilon,
     )  # fmt: skip

@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -324,7 +325,7 @@ class Modulation:
         """Fill `host`, (S, numbers of a batch), with the rows of t (S, R) and pooled (S, R, P)."""
         stages = [_Stage(self.device, self.dtype), _Stage(self.device, self.dtype)]
         t, pooled = (t.reshape(1, -1), pooled.flatten(0, 1)[None]) if self.together else (t, pooled)
-        with torch.cuda.stream(self._stream):
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             t, pooled = t.to(self.device), pooled.to(device=self.device, dtype=self.dtype)
             xs = [
                 self.family.time_embedding(self.base, t_, self.guidance, pooled_)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from shared.drawn import generator_for
 from shared.errors import UserError
 from train import adamw
 from train.adamw import EightBit
@@ -411,7 +412,7 @@ class Optimizer:
         if self._device.type == "meta":  # where memory is only counted nothing is drawn
             return None
         if self._noise is None:
-            self._noise = torch.Generator(self._device)
+            self._noise = generator_for(self._device)
         mixed = np.random.SeedSequence((rounding, bucket.index)).generate_state(1, np.uint64)[0]
         return self._noise.manual_seed(int(mixed >> np.uint64(1)))
 

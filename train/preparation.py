@@ -332,7 +332,7 @@ def _warn(
 def dtypes(options: TrainConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
     """Of the computation, and of the trained weights."""
     named = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    named["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    named["auto"] = torch.bfloat16 if device.type in ("cuda", "xla") else torch.float32
     compute = named[options.precision]
     return compute, adapters.get(options.adapter).precision(options, compute)
 

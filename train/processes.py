@@ -54,6 +54,10 @@ def accelerator(options: TrainConfig) -> Accelerator:
         project_dir=str(Path(options.runs) / options.run_name),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if made.device.type == "xla" and options.optimizer.kind == "adamw8bit":
+        raise UserError(
+            "optimizer.kind adamw8bit: bitsandbytes has no kernel for XLA's devices; set --optimizer.kind adamw"
+        )
     if made.distributed_type not in TOGETHER:
         raise UserError(
             f"accelerate is set up for {made.distributed_type.value}, but training brings its own: gradients meet in "
@@ -126,9 +130,14 @@ def together(controlnet: torch.nn.Module, accelerator: Accelerator, *, idle: boo
     )
 
 
+def without_ddp(accelerator: Accelerator) -> bool:
+    """Whether several processes cannot have their gradients averaged by DDP: on XLA's devices."""
+    return accelerator.num_processes > 1 and accelerator.distributed_type is DistributedType.XLA
+
+
 def adding_up(adapter: Adapter, accelerator: Accelerator) -> Backward:
     """Backward that adds the processes' gradients up after the last one, in one message. For few weights on a base that
-    is spread: DDP would send its messages while the base's blocks are gathered, in another order on each process."""
+    is spread: DDP's messages would come between those that gather the base's blocks; and for devices without DDP."""
 
     def backward(share: torch.Tensor, last: bool) -> None:
         share.backward()

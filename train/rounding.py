@@ -25,5 +25,8 @@ def stochastic_round_(x: torch.Tensor, generator: torch.Generator | None) -> tor
     assert x.dtype == torch.float32, x.dtype
     x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
     bits = x.view(-1).view(torch.int32)
-    bits.add_(torch.randint(0, 1 << 16, bits.shape, generator=generator, device=x.device, dtype=torch.int32))
+    drawn_on = x.device if generator is None else generator.device
+    bits.add_(
+        torch.randint(0, 1 << 16, bits.shape, generator=generator, device=drawn_on, dtype=torch.int32).to(x.device)
+    )
     return bits.view(torch.int16)[_HIGH_HALF::2].view(torch.bfloat16).view(x.shape)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shared.drawn import generator_for
 from shared.errors import UserError
 from shared.families.base import Batch, Family
 from train.adapters.base import Adapter
@@ -152,8 +153,7 @@ class Step:
         return dict(zip(late, torch.stack(list(late.values())).tolist(), strict=True)) if late else {}
 
     def _generator(self, device: torch.device | str, number: int, what: int) -> torch.Generator:
-        drawn_on = "cpu" if torch.device(device).type == "meta" else device  # where memory is counted nothing is drawn
-        return torch.Generator(drawn_on).manual_seed(seed_of(self.seed, number, what))
+        return generator_for(device).manual_seed(seed_of(self.seed, number, what))
 
     def _gradients_stay(self, last: bool) -> AbstractContextManager[object]:
         """Of several batches only the last one's backward brings the processes' gradients together."""

@@ -124,7 +124,7 @@ class Trainer:
             backward = spread.backward
         elif isinstance(self.optimizer, zero.ZeroOptimizer):
             backward, self.adapter.module = self.optimizer.backward, self.optimizer.engine
-        elif self.models.shards is not None and not self.adapter.conditioned:
+        elif processes.without_ddp(accelerator) or (self.models.shards is not None and not self.adapter.conditioned):
             backward = processes.adding_up(self.adapter, accelerator)
         else:
             idle = self.adapter.has_idle_parameters

@@ -54,6 +54,8 @@ class Transfer:
     def begin(self, batch: Batch) -> Coming:
         """Have the batch copied. Its tensors on the host, pinned, are let go."""
         if self._stream is None:
+            if self.device.type != "cpu":
+                batch.tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
             return Coming(batch, None, self.device)
         arriving = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)

@@ -14,11 +14,9 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from shared.config import load
 from shared.errors import UserError
 from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH
-from tests.prepared import ROOT
 from tests.preprocess.runs import placed_image
 from tests.train.conftest import content, flux, losses, metrics, train_options, trainer_of
 from tests.train.test_controlnet import CPU, Reference
@@ -26,7 +24,6 @@ from train.config import TrainConfig
 from train.counting import Setting
 from train.memory_plan import changes, count
 from train.optimizer import OptimizerOptions
-from train.plan import PlanConfig, plan, subject_of
 from train.preparation import base_dtype, dtypes
 from train.trainer import train
 from train.validation import seed_of
@@ -189,19 +186,6 @@ def test_in_bf16_it_is_stepped_with_stochastic_rounding(tiny_cache: Path, tmp_pa
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("recipe", "least_gib", "most_gib"), [("lora", 14, 18), ("full", 30, 38)])
-def test_the_recipes_of_a_lora_and_of_a_whole_base_fit_a_card_of_40_gb(
-    recipe: str, least_gib: float, most_gib: float, tmp_path: Path
-) -> None:
-    words = ["--recipe", str(ROOT / "train" / "recipes" / f"{recipe}.yaml"), "--cache", str(tmp_path / "none")]
-    options = load(PlanConfig, words, command="python -m train.plan")
-    assert options is not None
-    assert options.adapter == recipe
-    planned = plan(options, subject_of(options), TrainConfig.depth)
-    assert planned.refusal is None
-    assert least_gib < planned.counted.peak_bytes / 2**30 < most_gib
 
 
 def test_its_memory_is_that_of_weights_gradients_and_moments_unless_they_are_released() -> None:

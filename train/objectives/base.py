@@ -12,6 +12,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from shared import drawn
 from train.objectives import timesteps
 from train.objectives.options import Kind, ObjectiveOptions
 
@@ -71,7 +72,7 @@ class Objective(ABC):
 
         Noise is drawn in float32 and then cast, so that one seed means one noise whatever the dtype of x_0.
         """
-        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=torch.float32)
+        noise = drawn.normal(x_0.shape, generator, x_0.device)
         return self.noise_at(x_0, t, noise.to(x_0.dtype))
 
     @final

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared import drawn
 from shared.cache.schema import Field
 from shared.errors import UserError
 from shared.families.base import Encode, LayerKind, Posterior, Tensors
@@ -119,8 +120,7 @@ def final_latents(raw: Tensors, recipe: Mapping[str, Any], generator: torch.Gene
     without a generator the mean; a lone "mean" or "sample" as it is."""
     latents = (raw["sample"] if "sample" in raw else raw["mean"]).float()
     if "std" in raw and generator is not None:
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-        latents = latents + raw["std"].float() * noise
+        latents = latents + raw["std"].float() * drawn.normal(latents.shape, generator, latents.device)
     return (latents - recipe["shift"]) * recipe["scale"]
 
 
