@@ -43,7 +43,8 @@ class MemoryOptions:
     costs time where a step is shorter than the copies (0.7 s over PCIe 4). auto: where nothing else makes it fit."""
     shard: Literal["auto", "yes", "no"] = "auto"
     """Spread the base's blocks over the cards of a machine (FSDP2), where several processes train; each gathers a block
-    when it is its turn. auto: where the base does not fit one card, before streaming is thought of."""
+    when it is its turn. auto: where the base does not fit one card, before streaming is thought of. With `adapter full`
+    all of the base is spread, and its gradients and the optimizer's states with it."""
 
     def check(self) -> None:
         """Refuse impossible values."""

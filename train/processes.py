@@ -2,7 +2,8 @@
 
 Each process has a card, the frozen base and the whole ControlNet; of a step's batches each takes its share, and
 DistributedDataParallel averages the gradients while backward still runs. `accelerate launch` starts them, `train` is
-the same command. What the base may be spread over is `train/sharding.py`'s business.
+the same command. What a frozen base may be spread over is `train/sharding.py`'s business, a trained one's
+`train/sharded_training.py`'s; DeepSpeed's is `train/zero.py`.
 """
 
 from __future__ import annotations

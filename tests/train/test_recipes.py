@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from preprocess.config import PreprocessConfig
 from shared.config import load
@@ -31,9 +32,7 @@ def title(recipe: Path) -> str:
 def test_a_recipe_fits_the_card_that_it_is_for(recipe: Path, tmp_path: Path) -> None:
     named = re.search(r"([0-9]+)gb$", recipe.stem)
     card = f"{named[1]}GB" if named else CARDS[recipe.stem]
-    family = next(
-        (name for name in ("sd15", "sdxl") if name in recipe.stem), "sd15" if recipe.stem == "tile" else "flux"
-    )
+    family = {"sd15": "sd15", "sdxl": "sdxl", "tile": "sd15"}.get(recipe.stem.partition("-")[0], "flux")
     words = ["--recipe", str(recipe), "--family", family, "--memory.budget", card, "--cache", str(tmp_path / "none")]
     words += ["--resolution", RESOLUTIONS.get(recipe.stem, "512")]
     options = load(PlanConfig, words, command="python -m train.plan")
@@ -62,6 +61,15 @@ def test_a_recipe_of_a_cache_is_read_and_begins_with_what_it_is(recipe: Path) ->
     options = load(PreprocessConfig, ["--recipe", str(recipe), "--data", "pictures"], command="python -m preprocess")
     assert options is not None
     assert len(title(recipe)) > 40
+
+
+@pytest.mark.parametrize("launch", sorted((ROOT / "examples" / "launch").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_each_launch_file(launch: Path) -> None:
+    config = load_config_from_file(str(launch))
+    assert config.num_processes >= 1
+    assert config.mixed_precision == "no"  # training's own business
+    assert "accelerate launch" in title(launch)
+    assert f"--config_file examples/launch/{launch.name}" in title(launch)
 
 
 def test_steps_of_sd15_recipes_are_of_as_many_samples_on_every_card() -> None:
