@@ -277,9 +277,9 @@ class Family(ABC):
         """Tokens of each caption, its end included and nothing cut off: what the text length is to hold. Reads the
         tokenizer only."""
 
-    @abstractmethod
     def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
         """How many captions have more tokens than the text length, so that their end is not seen."""
+        return sum(num_tokens > text_length for num_tokens in self.count_tokens(model, captions))
 
     # Stage 2: layers -> a trained ControlNet
 

@@ -30,8 +30,8 @@ from shared.families.base import (
     Tensors,
     TextToImage,
 )
-from shared.families.parts import autoencoder, clip, painter, t5
-from shared.families.parts.component import check_shapes, count_tokens
+from shared.families.parts import autoencoder, clip, first_blocks, painter, t5
+from shared.families.parts.component import check_shapes, checked_config, count_tokens, encoder_facts, on_meta
 from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.model_folder import ModelFolder
 
@@ -111,10 +111,7 @@ class Flux(Family):
     def encoder_recipe(
         self, layer: LayerKind, model: ModelFolder, text_length: int, posterior: Posterior = "moments"
     ) -> dict[str, Any]:
-        recipe: dict[str, Any] = {
-            "family": self.name,
-            "encoder": {component: model.sha256(component) for component in layer.components},
-        }
+        recipe = encoder_facts(self, layer, model)
         if layer.components[0] == "vae":
             recipe |= autoencoder.recipe(model, posterior)
         if layer.name == "t5":
@@ -150,17 +147,12 @@ class Flux(Family):
     def count_tokens(self, model: ModelFolder, captions: Sequence[str]) -> list[int]:
         return count_tokens(t5.tokenizer(model), list(captions))
 
-    def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
-        return sum(num_tokens > text_length for num_tokens in self.count_tokens(model, captions))
-
     # Stage 2
 
     def check_base(
         self, model: ModelFolder, fields: Mapping[str, tuple[int, ...]], recipes: Mapping[str, Any]
     ) -> str | None:
-        config = model.config("transformer")
-        if (found := config.get("_class_name")) != self.base_class:
-            raise UserError(f"this cache is for {self.name}, but model {model.name} has a {found}")
+        config = checked_config(self, model)
         [latents, *_] = [field for field in fields if field.startswith("latents.")]
         facts = {
             latents: (0, config["in_channels"] // 4, "latent channels"),
@@ -179,10 +171,8 @@ class Flux(Family):
     def make_base(self, model: ModelFolder | None = None) -> torch.nn.Module:
         from diffusers import FluxTransformer2DModel
 
-        with torch.device("meta"):
-            base = FluxTransformer2DModel.from_config(FLUX_1_DEV if model is None else model.config("transformer"))
-        assert not list(base.buffers()), "what is in no file would stay without numbers"
-        return _tabled(base.eval().requires_grad_(False))
+        config = FLUX_1_DEV if model is None else model.config("transformer")
+        return _tabled(on_meta(FluxTransformer2DModel, config))
 
     def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
         lists = (module.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
@@ -241,31 +231,16 @@ class Flux(Family):
         embedder: Literal["copy", "zero"],
         dtype: torch.dtype,
     ) -> torch.nn.Module:
-        controlnet = self.make_empty_controlnet(num_layers, num_single_layers, model)
-        expected = controlnet.state_dict()
-        weights = {
-            name: torch.zeros(tensor.shape, dtype=dtype)
-            for name, tensor in expected.items()
-            if name.startswith(_CONTROLNETS_OWN)
-        }
-        prefixes = ["time_text_embed.", "context_embedder.", "x_embedder."]
-        prefixes += [f"transformer_blocks.{i}." for i in range(num_layers)]
-        prefixes += [f"single_transformer_blocks.{i}." for i in range(num_single_layers)]
-        for prefix in prefixes:
-            for name, tensor in model.tensors("transformer", prefix):
-                weights[name] = tensor.to(dtype, copy=True)  # not the file's own pages: they shall be trained
-        if embedder == "copy" and "x_embedder.weight" in weights:
-            # With both ends zero no gradient reaches the condition until the output layers have moved. The outputs
-            # stay zero, so the first step is the same exact no-op.
-            weights["controlnet_x_embedder.weight"] = weights["x_embedder.weight"].clone()
-        wrong = [n for n, tensor in expected.items() if n not in weights or weights[n].shape != tensor.shape]
-        if wrong:
-            raise UserError(
-                f"model {model.name}: its transformer's weights do not fit its config.json: {len(wrong)} tensors of "
-                f"the first blocks are missing or of another shape (as {wrong[0]}); download the model again"
-            )
-        controlnet.load_state_dict(weights, assign=True)
-        return controlnet
+        copied = ["time_text_embed.", "context_embedder.", "x_embedder."]
+        copied += [f"transformer_blocks.{i}." for i in range(num_layers)]
+        copied += [f"single_transformer_blocks.{i}." for i in range(num_single_layers)]
+        # With both ends zero no gradient reaches the condition until the output layers have moved. The outputs stay
+        # zero, so the first step is the same exact no-op.
+        twice = {"controlnet_x_embedder.weight": "x_embedder.weight"} if embedder == "copy" else {}
+        return first_blocks.begun(
+            self.make_empty_controlnet(num_layers, num_single_layers, model), model, self.base_component,
+            copied=copied, zero=_CONTROLNETS_OWN, dtype=dtype, twice=twice,
+        )  # fmt: skip
 
     def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:
         from diffusers import FluxControlNetModel

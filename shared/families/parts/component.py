@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shared.errors import UserError
+from shared.families.base import Family, LayerKind
 from shared.model_folder import ModelFolder
 
 
@@ -50,6 +51,30 @@ def tokenizer(kind: Any, model: ModelFolder, component: str, encoder: str, files
             "one model; download it again"
         )
     return found
+
+
+def encoder_facts(family: Family, layer: LayerKind, model: ModelFolder) -> dict[str, Any]:
+    """What of every layer's recipe is its encoder's: whose it is, and the digests of its components."""
+    return {
+        "family": family.name,
+        "encoder": {component: model.sha256(component) for component in layer.components},
+    }
+
+
+def on_meta(kind: Any, config: Mapping[str, Any]) -> torch.nn.Module:
+    """A base of diffusers' class `kind` without its weights, frozen: see `Family.make_base`."""
+    with torch.device("meta"):
+        base = kind.from_config(config)
+    assert not list(base.buffers()), "what is in no file would stay without numbers"
+    return base.eval().requires_grad_(False)
+
+
+def checked_config(family: Family, model: ModelFolder) -> dict[str, Any]:
+    """The configuration of a model's base. Raises `UserError` where that is none of the family's."""
+    config = model.config(family.base_component)
+    if (found := config.get("_class_name")) != family.base_class:
+        raise UserError(f"this cache is for {family.name}, but model {model.name} has a {found}")
+    return config
 
 
 def check_shapes(

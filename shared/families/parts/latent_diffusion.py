@@ -19,8 +19,8 @@ import torch
 from shared.cache.schema import Field
 from shared.errors import UserError
 from shared.families.base import Batch, Decode, Encode, Family, Inputs, LayerKind, Paint, Posterior, Tensors
-from shared.families.parts import autoencoder, clip, painter, pixels
-from shared.families.parts.component import check_shapes, count_tokens, loaded
+from shared.families.parts import autoencoder, clip, first_blocks, painter, pixels
+from shared.families.parts.component import check_shapes, checked_config, count_tokens, encoder_facts, loaded, on_meta
 from shared.families.parts.controlnet_folder import controlnet_folder
 from shared.model_folder import ModelFolder
 
@@ -95,10 +95,7 @@ class LatentDiffusion(Family):
     def encoder_recipe(
         self, layer: LayerKind, model: ModelFolder, text_length: int, posterior: Posterior = "moments"
     ) -> dict[str, Any]:
-        recipe: dict[str, Any] = {
-            "family": self.name,
-            "encoder": {component: model.sha256(component) for component in layer.components},
-        }
+        recipe = encoder_facts(self, layer, model)
         if layer.name == "latents":
             recipe |= autoencoder.recipe(model, posterior)
         else:
@@ -136,17 +133,12 @@ class LatentDiffusion(Family):
         """By the first tokenizer: where there is a second, it has the same vocabulary."""
         return count_tokens(clip.tokenizer(model), list(captions))
 
-    def count_truncated(self, model: ModelFolder, captions: Sequence[str], text_length: int) -> int:
-        return sum(num_tokens > text_length for num_tokens in self.count_tokens(model, captions))
-
     # Stage 2: the base
 
     def check_base(
         self, model: ModelFolder, fields: Mapping[str, tuple[int, ...]], recipes: Mapping[str, Any]
     ) -> str | None:
-        config = model.config(self.base_component)
-        if (found := config.get("_class_name")) != self.base_class:
-            raise UserError(f"this cache is for {self.name}, but model {model.name} has a {found}")
+        config = checked_config(self, model)
         [latents, *_] = [field for field in fields if field.startswith("latents.")]
         facts = {latents: (0, config["in_channels"], "latent channels"), **self.text_facts(config)}
         check_shapes(model, fields, facts)
@@ -161,10 +153,7 @@ class LatentDiffusion(Family):
     def make_base(self, model: ModelFolder | None = None) -> torch.nn.Module:
         from diffusers import UNet2DConditionModel
 
-        with torch.device("meta"):
-            base = UNet2DConditionModel.from_config(self.base_config(model))
-        assert not list(base.buffers()), "what is in no file would stay without numbers"
-        return base.eval().requires_grad_(False)
+        return on_meta(UNet2DConditionModel, self.base_config(model))
 
     def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
         """Convolutions with a residual and transformer blocks, as they follow each other: what diffusers computes
@@ -291,22 +280,10 @@ class LatentDiffusion(Family):
         """As `ControlNetModel.from_unet`, the layers that the condition comes in through drawn from a fixed seed.
         `embedder` means nothing here: their last one is zero, and there is none to copy."""
         controlnet = self.make_empty_controlnet(num_layers, num_single_layers, model)
-        expected = controlnet.state_dict()
-        weights = {
-            name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in expected.items() if name.startswith(_ZERO)
-        }
-        weights |= _entrance(controlnet, dtype)
-        for prefix in _COPIED:
-            for name, tensor in model.tensors(self.base_component, prefix):
-                weights[name] = tensor.to(dtype, copy=True)  # not the file's own pages: they shall be trained
-        wrong = [n for n, tensor in expected.items() if n not in weights or weights[n].shape != tensor.shape]
-        if wrong:
-            raise UserError(
-                f"model {model.name}: its UNet's weights do not fit its config.json: {len(wrong)} tensors of the first "
-                f"half are missing or of another shape (as {wrong[0]}); download the model again"
-            )
-        controlnet.load_state_dict(weights, assign=True)
-        return controlnet
+        return first_blocks.begun(
+            controlnet, model, self.base_component,
+            copied=_COPIED, zero=_ZERO, dtype=dtype, drawn=_entrance(controlnet, dtype),
+        )  # fmt: skip
 
     def load_controlnet(self, source: str, dtype: torch.dtype) -> torch.nn.Module:
         from diffusers import ControlNetModel
