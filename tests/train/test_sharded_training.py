@@ -18,6 +18,7 @@ from shared.errors import run_command_line
 from tests.train.conftest import losses, metrics, train_options
 from tests.train.test_distributed import World, exit_codes, free_port
 from tests.train.test_full import full_options
+from tests.train.test_latent_diffusion import cache_of
 from train import checkpoints
 from train.config import TrainConfig
 from train.counting import Setting
@@ -214,3 +215,25 @@ def test_the_memory_of_each_of_two_cards_is_half_but_for_what_is_gathered() -> N
     assert two.components["optimizer states"] == pytest.approx(one.components["optimizer states"] / 8, rel=0.01)
     assert two.peak_bytes < 0.25 * one.peak_bytes
     print(f"FLUX.1-dev in full, all recomputed: {one.peak_bytes / 2**30:.1f} GiB, 8 cards {two.peak_bytes / 2**30:.1f}")
+
+
+def test_a_unet_is_spread_as_well(processes: ForkServerContext, tmp_path: Path) -> None:
+    cache = cache_of("sd15", tmp_path)
+
+    def options(name: str, accumulation: int, shard: str = "no") -> TrainConfig:
+        return full_options(
+            cache, tmp_path, name=name, steps=2, memory={"shard": shard, "recompute": "2"}, optimizer=STEPPED,
+            loader={"batch_size": 2, "accumulation": accumulation}, validation={**LOOKS, "every": 1},
+        )  # fmt: skip
+
+    assert train(options("one", 2)) == 0
+    train_together(processes, options("two", 1, "yes"), World(tmp_path / "ranks"))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two)
+    for alone, together in zip(one, two, strict=True):
+        for name in {"loss", "gradient_norm", "update_norm"} & alone.keys():
+            assert together[name] == pytest.approx(alone[name], rel=1e-5)
+    expected, actual = (tensors(tmp_path / name, 2, f"unet/{WEIGHTS.split('/')[1]}") for name in ("one", "two"))
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
