@@ -256,8 +256,9 @@ def test_a_lora_s_single_file_has_the_names_that_other_programs_know_and_paints_
     name: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
-    made = cache_of(name, tmp_path)
-    options = options_of("lora", made, tmp_path, name="known", steps=3, lora={"rank": 4, "alpha": 2.0})
+    made = cache_of(name, tmp_path, text_tokens=True)
+    lora = {"rank": 4, "alpha": 2.0, "train_text_encoder": True}
+    options = options_of("lora", made, tmp_path, name="known", steps=3, lora=lora)
     assert train(options) == 0
     out = export(ExportConfig(run=str(tmp_path / "known"), precision="fp32", base="me/tiny", licence="mit"))
     model = Path(Cache(made).manifest["model"]["name"])
@@ -265,7 +266,13 @@ def test_a_lora_s_single_file_has_the_names_that_other_programs_know_and_paints_
     linears = chosen(base, families.get(name).lora_targets)
     ends = [f"{way}.weight" for way in ("lora_down", "lora_up")]
     expected = {f"lora_unet_{linear.replace('.', '_')}.{end}" for linear in linears for end in ends}
-    assert set(load_file(out / "known.safetensors")) == expected
+    found = set(load_file(out / "known.safetensors"))
+    assert {name for name in found if name.startswith("lora_unet_")} == expected
+    # As ComfyUI calls CLIP's linears: comfy/lora.py, model_lora_keys_clip.
+    clips = {"sd15": ("lora_te",), "sdxl": ("lora_te1", "lora_te2")}[name]
+    first = "text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
+    assert {f"{clip}_{first}" for clip in clips} <= found - expected
+    assert all(re.match(r"lora_te[12]?_text_model_encoder_layers_", name) for name in found - expected)
     painted = []
     for file in ("pytorch_lora_weights.safetensors", "known.safetensors", None):
         pipeline = DiffusionPipeline.from_pretrained(model)

@@ -50,15 +50,17 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return cache_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def cache_of(family: str, folder: Path) -> Path:
-    """A cache of 16 drawn pictures, 4 of which are held out, for a tiny model of this family."""
+def cache_of(family: str, folder: Path, **changes: Any) -> Path:
+    """A cache of 16 drawn pictures, 4 of which are held out, for a tiny model of this family. `changes` replace options
+    of preprocessing."""
     model = families.get(family).tiny(folder / "model")
     data = write_data(folder / "data", 16, sizes=((64, 64),))
     lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):
         line["split"] = "validation" if i < 4 else "train"
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert preprocess(preprocess_options(data, folder / "cache", model, family=family, text_length=None)) == 0
+    options = preprocess_options(data, folder / "cache", model, family=family, text_length=None, **changes)
+    assert preprocess(options) == 0
     return folder / "cache"
 
 
