@@ -20,6 +20,7 @@ from train.trainer import train
 
 COLOURS = ("gold", "navy", "tomato", "teal", "plum", "olive")
 SIDE = 64
+ROOT = Path(__file__).parent.parent
 
 
 def fill50k(folder: Path) -> Path:
@@ -45,8 +46,8 @@ def test_fill50k_becomes_an_sd15_controlnet(tmp_path: Path) -> None:
     data, cache = fill50k(tmp_path / "fill50k"), tmp_path / "cache"
     model = families.get("sd15").tiny(tmp_path / "model")
     options = load(PreprocessConfig, [
-        "--data", str(data), "--cache", str(cache), "--family", "sd15", "--model", str(model), "--condition",
-        "precomputed", "--geometry.resolution", str(SIDE), "--precision", "fp32", "--device", "cpu",
+        "--recipe", str(ROOT / "preprocess/recipes/fill50k.yaml"), "--data", str(data), "--cache", str(cache),
+        "--model", str(model), "--geometry.resolution", str(SIDE), "--precision", "fp32", "--device", "cpu",
         "--validation-fraction", "0",
     ], command="preprocess")  # fmt: skip
     assert options is not None
@@ -63,8 +64,11 @@ def test_fill50k_becomes_an_sd15_controlnet(tmp_path: Path) -> None:
         [caption] = sample.captions
         assert captions[caption].text.startswith(f"{COLOURS[int(number)]} circle with ")
 
-    words = ["--cache", str(cache), "--runs", str(tmp_path), "--name", "circles", "--steps", "2", "--device", "cpu"]
-    trained = load(TrainConfig, [*words, "--tracker", "none", "--objective.snr-gamma", "5"], command="train")
+    trained = load(TrainConfig, [
+        "--recipe", str(ROOT / "train/recipes/sd15-16gb.yaml"), "--cache", str(cache), "--runs", str(tmp_path),
+        "--name", "circles", "--steps", "2", "--loader.batch-size", "3", "--loader.accumulation", "1",
+        "--optimizer.kind", "adamw", "--device", "cpu", "--tracker", "none",
+    ], command="train")  # fmt: skip
     assert trained is not None
     assert train(trained) == 0
     weights = load_file(tmp_path / "circles" / "controlnet" / "diffusion_pytorch_model.safetensors")
