@@ -19,7 +19,6 @@ from shared.cache.reader import Cache
 from shared.families.base import Family
 from shared.model_folder import resolve
 from tests import forked
-from tests.conftest import preprocess_options
 from train.config import TrainConfig
 from train.loader import Loader, LoaderOptions
 from train.optimizer import OptimizerOptions
@@ -61,6 +60,7 @@ def train_options(cache: Path, runs: Path, **changes: Any) -> TrainConfig:
 def token_cache(tiny_data: Path, tiny_model: Path, tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_cache` with the captions' tokens."""
     from preprocess.pipeline import preprocess
+    from tests.conftest import preprocess_options  # here: a run that imports this file loads no encoder
 
     copied = tmp_path_factory.mktemp("cache") / "tokens"
     shutil.copytree(tiny_cache, copied)
