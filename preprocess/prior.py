@@ -15,7 +15,7 @@ class PriorOptions:
     prompt: str | None = None
     """What they show, as "a photo of a dog" where the subject is "a photo of sks dog". Default: there are none."""
     images: int = 100
-    """How many; raising it paints only the new ones. Two hundred are customary where the text encoder learns, too."""
+    """How many; raising it paints only the new ones."""
     seed: int = 0
     """Draws the noise that each begins as, together with its number."""
     steps: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shared.families.base import Batch
 from tests.conftest import preprocess_options, write_data
 from tests.train import made_cache
 from tests.train.conftest import content, flux, losses, metrics, train_options
+from tests.train.test_distributed import World, exit_codes, started
 from train.counting import Setting
 from train.loader import Loader, LoaderOptions
 from train.memory_plan import count
@@ -246,6 +248,27 @@ def test_a_run_learns_from_both_resumes_to_the_bit_and_looks_at_pictures_alone(c
     assert train(alone) == 0
     assert not any("prior_loss" in line for line in metrics(tmp_path / "alone"))
     assert losses(tmp_path / "alone") != losses(whole)
+
+
+def test_two_processes_learn_what_one_learns(
+    tiny_data: Path, tiny_model: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    options = preprocess_options(tiny_data, tmp_path / "cache", tiny_model, condition=())
+    assert preprocess(replace(options, prior=PriorOptions(prompt="a box", images=3, steps=1))) == 0
+    learning = {"kind": "adamw", "epsilon": 1.0, "learning_rate": 0.1}
+    one, several = (
+        options_of(
+            tmp_path / "cache", tmp_path, name=name, steps=3, optimizer=learning,
+            loader={"batch_size": 1, "accumulation": accumulation, "prior_weight": 0.5},
+        )
+        for name, accumulation in (("one", 2), ("several", 1))
+    )  # fmt: skip
+    assert train(one) == 0
+    world = World(tmp_path / "ranks")
+    assert exit_codes(started(processes, several, world), world) == [0, 0]
+    for figure in ("loss", "prior_loss", "gradient_norm"):
+        alone, together = ([line[figure] for line in metrics(tmp_path / name)] for name in ("one", "several"))
+        assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_step_is_counted_as_two_batches_whose_gradients_add_up() -> None:
