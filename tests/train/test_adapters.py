@@ -143,6 +143,9 @@ def test_a_run_learns_and_is_shown_to_the_tracker_with_its_pictures(run: Path) -
     left = looked[-1]["loss"] / looked[0]["loss"]
     print(f"{run.name}: held-out loss {looked[0]['loss']:.4f} -> {looked[-1]['loss']:.4f}, {left:.3f}")
     assert left < LEARNS[adapter_of(run).name]
+    if adapter_of(run).keeps_base:
+        [without] = {figures["loss_without_control"] for figures in looked}
+        assert looked[0]["loss"] == without
     picture = Image.open(run / "pictures" / f"step-{STEPS:08d}.png")
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     [image] = events.Images("held_out")
