@@ -643,6 +643,7 @@ def test_a_step_on_the_meta_device_takes_no_memory_and_runs_the_same_way(
     net(torch.zeros(2, 1 << 16, dtype=dtype, device="meta")).sum().backward()
     assert made.norm().is_meta
     found = made.finish(1.0)
+    assert found.norm is not None
     assert found.norm.is_meta
     assert found.survival is not None
     assert found.survival.update_kept.is_meta
@@ -795,6 +796,7 @@ def test_the_kept_share_is_the_projection_of_the_made_change_on_the_meant_one() 
     reference.step(1e-4, None)
     meant = torch.cat([(full[name].detach() - old[name]).view(-1) for name in half]).double()
     change = torch.cat([(half[name].detach().float() - old[name]).view(-1) for name in half]).double()
+    assert update.norm is not None
     assert update.norm.item() == pytest.approx(meant.norm().item(), rel=1e-5)
     assert found is not None
     assert found.update_kept.item() == pytest.approx((change @ meant / (meant @ meant)).item(), rel=1e-5)
@@ -831,7 +833,9 @@ def test_the_norm_of_an_update_is_that_of_the_change_before_rounding(
         for weight in net.parameters():
             weight.grad = torch.randn(weight.shape, generator=gradients).to(torch.bfloat16).to(weight.dtype)
         before = [weight.detach().double() for weight in net.parameters()]
-        norms.append(made.finish(1.0).norm.item())
+        norm = made.finish(1.0).norm
+        assert norm is not None
+        norms.append(norm.item())
         pairs = zip(net.parameters(), before, strict=True)
         changes.append(math.sqrt(sum((weight.detach().double() - old).square().sum().item() for weight, old in pairs)))
     assert norms[1] == pytest.approx(changes[1], rel=1e-3)  # float32 rounds as well
@@ -853,7 +857,9 @@ def test_the_norm_of_an_update_is_the_same_to_the_bit_in_whatever_order_weights_
         )
         made.begin(1e-3, 3, measure=measure)
         net.loss(0).backward()
-        norms.append(made.finish(made.norm().item()).norm)
+        norm = made.finish(made.norm().item()).norm
+        assert norm is not None
+        norms.append(norm)
     assert torch.equal(*norms)
 
 
