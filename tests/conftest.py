@@ -23,6 +23,10 @@ from preprocess.config import EncodeOptions, PreprocessConfig
 from preprocess.geometry import GeometryOptions
 from shared import atomic
 
+# Tests that call make mean it as somebody would: without what `make test ARGS=...` was told.
+for told in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):
+    os.environ.pop(told, None)
+
 TEXT_LENGTH = 24
 
 

@@ -97,6 +97,10 @@ class Looks:
             paints and self._now(options.pictures_every, step),
         )
 
+    def at_losses(self, step: int) -> bool:
+        """Whether held-out losses are due after this step, where there are held-out samples: all processes know."""
+        return self._now(self.options.every, step)
+
     def _now(self, every: int, step: int) -> bool:
         return bool(every) and (step % every == 0 or step >= self.last_step)
 

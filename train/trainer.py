@@ -221,7 +221,8 @@ class Trainer:
                     bar.set_postfix(loss=f"{figures['loss']:.4f}", wait=f"{figures['data_wait_seconds'] * 1e3:.0f}ms")
                     bar.update()
                     self.look(step)
-                    best = self._anyone(self._is_best(step)) if options.early_stop.on else False
+                    looked = options.early_stop.on and self.look.at_losses(step)  # processes ask each other then only
+                    best = looked and self._anyone(self._is_best(step))
                     self._count_time()
                     last = step >= options.steps or self._anyone(stop.asked or self.early_stop.asks)
                     if last or best or step % options.checkpoint.every == 0:
@@ -308,9 +309,9 @@ class Trainer:
             self.run.note({"arithmetic": measured.figures()})
 
     def _is_best(self, step: int) -> bool:
-        """Whether held-out losses were looked at after this step and are the best so far."""
+        """Whether held-out losses, which were looked at after this step, are the best so far."""
         validation = self.validation
-        if validation is None or not self.look.due(step)[0]:
+        if validation is None:
             return False
         grid = f"{len(validation.last_losses)} samples at {validation.options.timesteps} times"
         return self.early_stop.look(step, validation.last_losses, grid)

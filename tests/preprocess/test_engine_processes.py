@@ -73,14 +73,17 @@ def test_two_processes_of_which_one_is_killed_in_the_middle_make_the_same_bytes(
 def test_ctrl_c_stops_the_processes_and_another_engine_resumes_to_the_same_bytes(
     options: PreprocessConfig, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    process = Children().start(replace(options, cache=str(cache), engine=ONE), tmp_path / "err")
-    while not list(cache.glob("*/*.parquet")) or not (busy := {pid for pid, _ in writers(cache)}):
-        assert process.is_alive(), (tmp_path / "err").read_text()
-        time.sleep(0.001)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
+    for attempt in range(5):
+        cache = tmp_path / f"cache-{attempt}"
+        process = Children().start(replace(options, cache=str(cache), engine=ONE), tmp_path / "err")
+        while not list(cache.glob("*/*.parquet")) or not (busy := {pid for pid, _ in writers(cache)}):
+            assert process.is_alive(), (tmp_path / "err").read_text()
+            time.sleep(0.001)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        if process.exitcode != 0:
+            break  # else it was done before it heard of it, as on a busy machine it may be
     assert process.exitcode == EXIT_INTERRUPTED
     said = (tmp_path / "err").read_text()
     assert "interrupted: run the same command again to resume" in said

@@ -50,7 +50,7 @@ class Children:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=child, args=(options, str(err), theirs))
         process.start()
-        assert ours.poll(60)
+        assert ours.poll(300)
         ours.recv()
         return process
 
@@ -114,15 +114,18 @@ def test_killed_again_and_again_it_gets_there(
 def test_ctrl_c_is_one_sentence_and_the_next_run_resumes(
     children: Children, tiny_data: Path, tiny_model: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    options = preprocess_options(tiny_data, cache, tiny_model)
-    process = children.start(options, tmp_path / "err")
-    while not list(cache.glob("*/*.parquet")):
-        assert process.is_alive()
-        time.sleep(0.002)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
+    for attempt in range(5):
+        cache = tmp_path / f"cache-{attempt}"
+        options = preprocess_options(tiny_data, cache, tiny_model)
+        process = children.start(options, tmp_path / "err")
+        while not list(cache.glob("*/*.parquet")):
+            assert process.is_alive()
+            time.sleep(0.002)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        if process.exitcode != 0:
+            break  # else it was done before it heard of it, as on a busy machine it may be
     assert process.exitcode == EXIT_INTERRUPTED
     said = (tmp_path / "err").read_text()
     assert "interrupted: run the same command again to resume" in said

@@ -193,4 +193,5 @@ def test_memory_grows_with_the_rows_and_not_with_the_images(
     memory_of(10)  # what is imported and compiled once
     few, many = memory_of(50), memory_of(250)
     assert (many[0] - few[0]) / 200 < 1500
-    assert many[1] - few[1] < 200 * 2500  # of 13 MB
+    in_hand = 16 << 16  # how many pictures are being read at a time is the threads' business
+    assert many[1] - few[1] < 200 * 2500 + in_hand  # of 13 MB

@@ -193,7 +193,7 @@ def test_who_waits_gets_the_folder_when_the_other_one_lets_go(
     holder = hold(tmp_path)
     threading.Timer(0.3, holder.kill).start()
     with atomic.alone(tmp_path, "writing to", wait=True):
-        assert holder.wait(timeout=5) != 0, "it held the folder until it was killed"
+        assert holder.wait(timeout=60) != 0, "it held the folder until it was killed"
     holder.communicate()
     assert f"another process is writing to {tmp_path}: waiting for it" in capsys.readouterr().out
 

@@ -283,10 +283,10 @@ def test_of_two_processes_one_makes_the_base_and_the_other_waits(
     with atomic.alone(tmp_path / "bases" / name, "testing"):
         for process in both:
             process.start()
-        assert [results.get(timeout=60) for _ in both] == ["at the door"] * 2
+        assert [results.get(timeout=300) for _ in both] == ["at the door"] * 2
         time.sleep(1)
         assert not list((tmp_path / "bases" / name).iterdir())
-    (one, made), (other, made_by_other) = (results.get(timeout=60) for _ in both)
+    (one, made), (other, made_by_other) = (results.get(timeout=300) for _ in both)
     for process in both:
         process.join()
     assert one == other

@@ -296,7 +296,7 @@ def test_closing_ends_the_threads_also_when_they_have_an_error_to_tell(
     monkeypatch.setattr(Loader, "make", breaks)
     iterator = iter(loader_of(samples, prefetch=3, workers=workers))
     next(iterator)
-    assert failed.wait(10)
+    assert failed.wait(60)
     iterator.close()
     assert not threads()
 
@@ -327,7 +327,7 @@ def test_no_more_batches_are_made_ahead_than_asked(
     with closing(iter(loader_of(samples, workers=3, prefetch=prefetch))) as iterator:
         for _ in range(3):
             next(iterator)
-        assert enough.wait(10)  # without being asked for another
+        assert enough.wait(60)  # without being asked for another
         time.sleep(0.1)
         assert sorted(made) == list(range(3 + prefetch))
 

@@ -288,6 +288,12 @@ def train_until_a_batch(options: TrainConfig, step: int, batch: int) -> None:
     run_command_line(lambda: train(options))
 
 
+def train_but_for_the_last_step(options: TrainConfig) -> None:
+    """Train, and stand still before the end, to be killed: on a busy machine who kills may come late."""
+    before_batch(options.steps, 0, lambda: time.sleep(600), pytest.MonkeyPatch())
+    run_command_line(lambda: train(options))
+
+
 def last_step(run: Path) -> int:
     """The step of the last whole line of metrics.jsonl; -1 where there is none."""
     path = run / "metrics.jsonl"
@@ -307,9 +313,11 @@ def test_sigkill_at_random_moments_and_amid_the_batches_of_a_step_changes_nothin
         newest = checkpoints.newest(run)
         reach = (-1 if newest is None else checkpoints.step_of(newest)) + draw.randrange(0, 6)  # 0: as it starts
         amid = len(kills) % 2 == 0
-        process = started(processes, train_until_a_batch, options, max(1, reach + 1) if amid else 0, 1)
-        if not amid:
-            while last_step(run) < reach and process.is_alive():
+        if amid:
+            process = started(processes, train_until_a_batch, options, min(max(1, reach + 1), steps), 1)
+        else:
+            process = started(processes, train_but_for_the_last_step, options)
+            while last_step(run) < min(reach, steps - 1) and process.is_alive():
                 time.sleep(0.005)
             time.sleep(draw.uniform(0, 0.06))
             process.kill()
