@@ -31,6 +31,7 @@ from shared import families
 from shared.cache.reader import Cache
 from shared.errors import UserError
 from shared.families.base import Batch, Inputs
+from shared.families.parts import autoencoder
 from shared.model_folder import resolve
 from tests.conftest import preprocess_options, write_data
 from tests.preprocess.runs import placed_image
@@ -260,6 +261,32 @@ def test_decoding_is_the_pipeline_s(made: Made) -> None:
     assert difference.max() <= (1 if made.dtype == torch.float32 else 2)
 
 
+def test_a_vae_as_old_as_sd15_s_is_read_as_diffusers_reads_it(model: Path, tiny_sd15: Path) -> None:
+    """Its configuration states no scaling factor, and parts of its attention have the names of then."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        for new, then in old.items():
+            name = name.replace(f".attentions.0.{new}.", f".attentions.0.{then}.")
+        renamed[name] = tensor
+    assert sum("attentions.0.query" in name for name in renamed) == 4
+    save_file(renamed, file, metadata={"format": "pt"})
+    config = json.loads((model / "vae" / "config.json").read_text())
+    del config["scaling_factor"]
+    (model / "vae" / "config.json").write_text(json.dumps(config))
+
+    ours, saved_again = (resolve(str(folder), ()) for folder in (model, tiny_sd15))
+    SD15.check_encoders(ours)
+    theirs = AutoencoderKL.from_pretrained(model / "vae")
+    facts = autoencoder.recipe(ours, "moments")
+    assert facts["scale"] == theirs.config["scaling_factor"] == 0.18215
+    assert facts == autoencoder.recipe(saved_again, "moments"), "the same VAE"
+    x_0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pictures = [SD15.open_decoder(folder, "cpu", torch.float32)(x_0, 64, 64) for folder in (ours, saved_again)]
+    assert torch.equal(*pictures)
+
+
 def test_the_painter_paints_as_the_pipeline_does(tiny_sd15: Path, tmp_path: Path) -> None:
     from shared.families.base import Order
 
@@ -400,6 +427,10 @@ def with_another_vae(model: Path) -> None:
     change(model / "vae" / "config.json", latent_channels=16, shift_factor=0.1159)
 
 
+def with_normalised_latents(model: Path) -> None:
+    change(model / "vae" / "config.json", latents_mean=[0.1] * 4, latents_std=[2.0] * 4)  # as Playground 2.5
+
+
 def with_another_text_encoder(model: Path) -> None:
     change(model / "text_encoder" / "config.json", model_type="t5")
 
@@ -412,6 +443,7 @@ def with_a_longer_text(model: Path) -> None:
     ("spoil", "sentence"),
     [
         (with_another_vae, "is not Stable Diffusion's: it has 16 latent channels"),
+        (with_normalised_latents, "normalises each latent channel by itself"),
         (with_another_text_encoder, "is a 't5', where sd15 has 'clip_text_model'"),
         (with_a_longer_text, "length of its tokenizer is 128, where CLIP has 77"),
     ],

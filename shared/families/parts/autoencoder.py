@@ -7,7 +7,7 @@ B images, H W pixels, C latent channels, h = H/8, w = W/8. What is cached is raw
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,22 @@ from shared.errors import UserError
 from shared.families.base import Encode, LayerKind, Posterior, Tensors
 from shared.families.parts.component import loaded
 from shared.model_folder import ModelFolder, tensors_sha256
+
+_RENAMED: Mapping[str, str] = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What the parts of an attention were called when SD 1.5's VAE was saved; diffusers renames them as it loads."""
+
+
+def settings(model: ModelFolder) -> dict[str, Any]:
+    """The VAE's configuration. That of SD 1.5 is older than its scaling factor, which diffusers has by default."""
+    return {"scaling_factor": 0.18215, **model.config("vae")}
+
+
+def _tensors(model: ModelFolder, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """`ModelFolder.tensors` of the VAE under the names of now."""
+    for name, tensor in model.tensors("vae", prefix):
+        attention, _, rest = name.rpartition(".attentions.0.")
+        part, _, kind = rest.partition(".")
+        yield f"{attention}.attentions.0.{_RENAMED[part]}.{kind}" if attention and part in _RENAMED else name, tensor
 
 
 def layers(channels: int, *, condition: bool) -> tuple[LayerKind, ...]:
@@ -50,7 +66,7 @@ def fields(layer: LayerKind, posterior: Posterior) -> tuple[Field, ...]:
 
 def recipe(model: ModelFolder, posterior: Posterior) -> dict[str, Any]:
     """What latents depend on beside the encoder's weights, and what training needs to know of them."""
-    config = model.config("vae")
+    config = settings(model)
     found = {
         "shift": config.get("shift_factor") or 0.0,  # Stable Diffusion's latents are not shifted
         "scale": config["scaling_factor"],
@@ -62,7 +78,7 @@ def recipe(model: ModelFolder, posterior: Posterior) -> dict[str, Any]:
 
 def decoder_sha256(model: ModelFolder) -> str:
     """Digest of the VAE's decoder tensors alone."""
-    return tensors_sha256(model.tensors("vae", "decoder."))
+    return tensors_sha256(_tensors(model, "decoder."))
 
 
 def check_decoder(model: ModelFolder, recipe: Mapping[str, Any]) -> str | None:
@@ -128,13 +144,11 @@ def open_decoder(model: ModelFolder, device: str, dtype: torch.dtype) -> Callabl
     """Load the decoder alone: final latents (B, C, h, w) -> uint8 (B, H, W, 3) on the CPU."""
     from diffusers import AutoencoderKL
 
-    config = model.config("vae")
+    config = settings(model)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
     del vae.encoder, vae.quant_conv
-    weights = {
-        name: tensor for prefix in ("decoder.", "post_quant_conv.") for name, tensor in model.tensors("vae", prefix)
-    }
+    weights = {name: tensor for prefix in ("decoder.", "post_quant_conv.") for name, tensor in _tensors(model, prefix)}
     vae.load_state_dict(weights, assign=True)
     vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
     shift = config.get("shift_factor") or 0.0

@@ -68,11 +68,16 @@ class LatentDiffusion(Family):
     # Stage 1
 
     def check_encoders(self, model: ModelFolder) -> None:
-        vae = model.config("vae")
-        if vae.get("latent_channels") != 4 or vae.get("scaling_factor") is None or vae.get("shift_factor"):
+        vae = autoencoder.settings(model)
+        if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+            raise UserError(
+                f"the VAE of model {model.name} normalises each latent channel by itself (latents_mean, latents_std), "
+                "which Stable Diffusion's does not: it cannot be trained on here"
+            )
+        if vae.get("latent_channels") != 4 or vae["scaling_factor"] is None or vae.get("shift_factor"):
             raise UserError(
                 f"the VAE of model {model.name} is not Stable Diffusion's: it has {vae.get('latent_channels')} latent "
-                f"channels, scaling_factor {vae.get('scaling_factor')} and shift_factor {vae.get('shift_factor')}, "
+                f"channels, scaling_factor {vae['scaling_factor']} and shift_factor {vae.get('shift_factor')}, "
                 "where Stable Diffusion has 4, a factor as 0.18215, and no shift"
             )
         model.tensor_names("vae")
