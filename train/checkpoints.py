@@ -168,7 +168,8 @@ def linked(folder: Path) -> Path | None:
     """The checkpoint that the run's `folder` links to; None where there is none yet."""
     links = (path for path in folder.iterdir() if path.is_symlink() and path.name != BEST)
     found = [path.resolve().parent for path in links if path.is_dir()]
-    return found[0] if found else None
+    # Others may be links as well: `checkpoints`, where they lie on another disk.
+    return next((path for path in found if (path / STATE).is_file()), None)
 
 
 def mark_best(folder: Path, path: Path) -> None:

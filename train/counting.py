@@ -176,6 +176,8 @@ class Weights:
     """Name and shape of each trained tensor."""
     num_base_parameters: int
     """Numbers in the whole base, its modulation too."""
+    text_encoders: int
+    """Of `base`, what text encoders take."""
 
     @property
     def num_trained(self) -> int:
@@ -263,7 +265,7 @@ def _run(
     block_bytes = tuple(_nbytes(block) for block in family.blocks(base))
     other_bytes = _nbytes(base) - sum(block_bytes)
     adapter = kind.empty(family, base, setting, setting.weights)
-    other_bytes += sum(map(_nbytes, adapter.text_encoders))
+    text_bytes = sum(map(_nbytes, adapter.text_encoders))
     trained = tuple((name, tuple(parameter.shape)) for name, parameter in adapter.trained.named_parameters())
     trained_bytes = 0 if adapter.trained is base else _nbytes(adapter.trained)
     copies: tuple[tuple[int, ...], ...] = tuple((i,) for i in range(len(block_bytes)))
@@ -272,12 +274,13 @@ def _run(
         adapter = adapter.on_fewer_blocks()
     segments, batch_bytes = _step(adapter, setting, recomputed)
     weights = Weights(
-        base=other_bytes,
+        base=other_bytes + text_bytes,
         base_blocks=block_bytes,
         controlnet=trained_bytes,
         batch=batch_bytes,
         trained=trained,
         num_base_parameters=num_base_parameters,
+        text_encoders=text_bytes,
     )
     return weights, segments, copies
 

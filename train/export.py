@@ -106,6 +106,10 @@ def export(options: ExportConfig) -> Path:
         raise UserError(f"{out} is already there; remove it, or choose another folder (--out)")
     family = families.get(facts["family"])
     adapter = adapters.get(trained.get("adapter", "controlnet"))  # a run from before there were others
+    if adapter.name not in ("controlnet", "lora", "full"):
+        raise UserError(
+            f"{run} is a run of adapter {adapter.name}, which neither diffusers nor ComfyUI reads: hand over {source}"
+        )
     name = options.name or (run.name if re.fullmatch(r"\w[\w.+-]*", run.name) else adapter.name)
     settings = json.loads((source / adapter.config_file).read_text()) if adapter.config_file is not None else {}
     settings.pop("_name_or_path", None)  # a folder of this machine

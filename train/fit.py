@@ -24,7 +24,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from accelerate import Accelerator
 
-from shared import families
 from shared.errors import UserError
 from shared.families.base import Batch, Family
 from shared.report import say, warn
@@ -33,7 +32,7 @@ from train.adapters.base import Adapter
 from train.budget import GIB, MemoryOptions, parse_budget, parse_recompute
 from train.counting import Setting
 from train.loader import LoaderOptions
-from train.memory_plan import Recompute, cheapest_change, count, fewest_recomputed, fitting
+from train.memory_plan import Recompute, cheapest_change, count, fewest_recomputed, fitting, hoistable
 from train.optimizer import AnyOptimizer
 from train.validation import Validation
 
@@ -112,11 +111,16 @@ def decide(
         budget = free_bytes
     if budget is not None:
         budget -= beside_bytes
+    if setting.prior and setting.optimizer.release:
+        raise UserError(
+            "optimizer.release cannot add up the gradients of pictures and class images: leave it out, or the class "
+            "images (loader.prior_weight 0)"
+        )
     adapter = adapters.get(setting.adapter)
     frozen = adapter.keeps_base
     hoist = memory.hoist == "yes" or (memory.hoist == "auto" and device.type == "cuda" and frozen)
     hoist = hoist and hoistable(setting)
-    shard = adapter.spreads_base and _may_shard(memory, setting, cards)
+    shard = _may_shard(memory, setting, cards)
     setting = replace(setting, hoist=hoist, stream=memory.stream == "yes", shard=memory.shard == "yes")
     setting = replace(setting, num_processes=num_processes, cards=cards)
     given = parse_recompute(memory.recompute)
@@ -140,7 +144,7 @@ def decide(
             return None
         counted = count(here, chosen.base_blocks, chosen.controlnet_blocks)
         flops = counted.model_flops + counted.recomputed_flops
-        flops += loader.accumulation * BATCH_FLOPS * counted.num_base_parameters
+        flops += here.num_batches * BATCH_FLOPS * counted.num_base_parameters
         return flops, Fit(loader, hoist, here.stream, here.shard, budget, here, chosen, fixed=given is not None)
 
     if loader.global_batch is not None and saved is not None:
@@ -162,11 +166,6 @@ def decide(
     raise AssertionError("it fits after all")
 
 
-def hoistable(setting: Setting) -> bool:
-    """Whether the base has a modulation that can be computed ahead: of a pooled text that stays what it was."""
-    return bool(families.get(setting.family).pooled) and not adapters.get(setting.adapter).trains_text(setting)
-
-
 def _may_shard(memory: MemoryOptions, setting: Setting, cards: int) -> bool:
     """Whether the base can be spread over cards, and may. Raises `UserError` where it must and cannot."""
     if memory.shard == "yes" and cards == 1:
@@ -174,11 +173,14 @@ def _may_shard(memory: MemoryOptions, setting: Setting, cards: int) -> bool:
             "memory.shard yes: there is one process on this machine, and the base is spread over those of a machine: "
             "start several with accelerate launch, or set memory.shard auto"
         )
+    adapter = adapters.get(setting.adapter)
+    if memory.shard == "yes" and not adapter.spreads_base:
+        raise UserError(f"memory.shard yes: adapter {setting.adapter} needs its base whole; leave it out")
     if memory.shard == "yes" and setting.base == "quanto":
         raise UserError("memory.shard yes: quanto's own weights cannot be cut; set base.weights int8")
-    if setting.optimizer.kind == "prodigy" and not adapters.get(setting.adapter).keeps_base:
+    if setting.optimizer.kind == "prodigy" and not adapter.keeps_base:
         return False  # it finds one step size from all weights, which would be spread with it
-    return memory.shard == "auto" and cards > 1 and setting.base != "quanto"
+    return adapter.spreads_base and memory.shard == "auto" and cards > 1 and setting.base != "quanto"
 
 
 def _given(setting: Setting, blocks: tuple[int, int]) -> Recompute:

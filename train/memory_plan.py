@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from shared import families
 from shared.errors import UserError
 from train import adapters
 from train.buckets import make_buckets
@@ -142,10 +143,16 @@ def least_bytes(setting: Setting) -> int:
 
 
 def resting_bytes(setting: Setting) -> int:
-    """What a run holds between its steps, beside the base: the ControlNet's weights and the optimizer's states."""
+    """What a run holds between its steps, beside the base: the weights that are trained, text encoders of its own, and
+    the optimizer's states."""
     traced = trace(setting)
     states, _ = _optimizer_bytes(setting, traced)
-    return traced.weights.controlnet + _average_bytes(setting, traced) + states
+    return traced.weights.controlnet + traced.weights.text_encoders + _average_bytes(setting, traced) + states
+
+
+def hoistable(setting: Setting) -> bool:
+    """Whether the base has a modulation that can be computed ahead: of a pooled text that stays what it was."""
+    return bool(families.get(setting.family).pooled) and not adapters.get(setting.adapter).trains_text(setting)
 
 
 def cheapest_change(setting: Setting, budget_bytes: int) -> str | None:
@@ -173,7 +180,7 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if setting.base == "none" and frozen:
         kept = replace(setting, base="int8")
         yield "--base.weights int8", kept
-    if not setting.hoist and frozen:
+    if not setting.hoist and frozen and hoistable(setting):
         kept = replace(kept, hoist=True)
         yield "--memory.hoist yes", kept
     spreads = adapters.get(setting.adapter).spreads_base and setting.cards > 1
@@ -191,7 +198,8 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
         words = "--ema.device cpu"
         kept = replace(kept, averaged=False)
         yield words, kept
-    if setting.optimizer.states != "cpu":
+    prodigy = setting.optimizer.kind == "prodigy"  # which keeps all on the device
+    if setting.optimizer.states != "cpu" and not prodigy:
         words = f"{words} --optimizer.states cpu".strip()
         kept = replace(kept, optimizer=on_host)
         yield words, kept
@@ -200,7 +208,7 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield "--memory.stream yes", alone
         kept = replace(kept, stream=True)
         yield f"{words} --memory.stream yes".strip(), kept
-    if not setting.accumulates and not setting.optimizer.release:
+    if not (setting.accumulates or setting.num_processes > 1 or setting.optimizer.release or prodigy):
         releasing = replace(kept.optimizer, release=True, clip="parameter")
         streamed = "--memory.stream yes " if frozen else ""
         yield (
@@ -363,9 +371,10 @@ def _optimizer_bytes(setting: Setting, traced: Trace) -> tuple[int, int]:
     on_host = setting.optimizer.states == "cpu"
     slots = NUM_SLOTS * max(sizes) if on_host else 0
     stepped = (_MEASURED_BYTES if setting.optimizer.survival_every else _STEPPED_BYTES)[setting.weights]
-    in_float32 = 2 if setting.optimizer.kind == "prodigy" else 1  # four states where AdamW has two
+    if setting.optimizer.kind == "prodigy":  # four states where AdamW has two; where all weights were, how they moved
+        return 2 * sum(sizes), 2 * traced.weights.num_trained * torch.float32.itemsize
     cards = setting.cards if _is_spread_whole(setting) else 1
-    return 0 if on_host else -(-in_float32 * sum(sizes) // cards), slots + largest * stepped
+    return 0 if on_host else -(-sum(sizes) // cards), slots + largest * stepped
 
 
 def _states_bytes(setting: Setting, traced: Trace) -> int:
@@ -389,5 +398,5 @@ def _bucket_sizes(
 
 __all__ = [
     "COMPONENTS", "GIB", "Counted", "Recompute", "Setting", "cheapest_change", "count", "fewest_recomputed",
-    "fitting", "least_bytes",
+    "fitting", "hoistable", "least_bytes",
 ]  # fmt: skip

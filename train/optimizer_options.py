@@ -132,7 +132,9 @@ class OptimizerOptions:
         changed = {
             "final_fraction": self.schedule == "constant" and self.final_fraction != 0,
             "clip": self.clip != "global" and self.clip_norm == 0,
-            "rounding": self.rounding != "stochastic" and self.master,
+            "rounding": self.rounding != "stochastic" and (self.master or self.kind == "prodigy"),
+            "one_pass": self.one_pass != "auto" and self.kind != "adamw8bit",
+            "survival_every": self.survival_every != OptimizerOptions.survival_every and self.kind == "prodigy",
         }
         return [name for name, without_effect in changed.items() if without_effect]
 

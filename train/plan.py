@@ -164,7 +164,7 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
 
     from train import fit
     from train.budget import parse_budget
-    from train.memory_plan import count
+    from train.memory_plan import count, hoistable
     from train.roofline import GPUS, predict
 
     gpu, memory, loader = GPUS[options.gpu], options.memory, options.loader
@@ -185,7 +185,7 @@ def plan(options: PlanConfig, subject: Subject, depth: str) -> Plan:
         refusal = str(error)
         setting = replace(
             setting,
-            hoist=memory.hoist != "no" and adapters.get(options.adapter).keeps_base and fit.hoistable(setting),
+            hoist=memory.hoist != "no" and adapters.get(options.adapter).keeps_base and hoistable(setting),
             stream=memory.stream == "yes",
             accumulation=-(-loader.global_batch // options.cards) if loader.global_batch else setting.accumulation,
             num_processes=options.cards,

@@ -19,7 +19,7 @@ from shared.errors import EXIT_REFUSED, UserError
 from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import say, warn
-from train import adapters, checkpoints, fit, processes
+from train import adapters, checkpoints, fit, processes, zero
 from train.config import TrainConfig
 from train.counting import Setting
 from train.early_stop import taken_up
@@ -171,7 +171,8 @@ def ready(begun: Begun, fitted: fit.Fit) -> Prepared:
             say(words)
         unread = ground.family.unread_residuals(ground.model, _depth(ground.family, options, checkpoint))
         parts = ground.samples, ground.held_out
-        _warn(options, ground.family.objective, ground.remark, unread, parts, begun.before if loader.step else None)
+        before = begun.before if loader.step else None
+        _warn(options, fitted, ground.family.objective, ground.remark, unread, parts, before)
     return Prepared(
         options, accelerator, begun.run, ground.facts, ground.family, ground.model, fitted, loader, ground.held_out,
         checkpoint,
@@ -220,16 +221,13 @@ def decide_fit(
     """Batches, and what is given up for memory: decided by the largest step that will come. `beside_bytes`: what others
     hold on the device that train on the same base."""
     setting = setting_of(options, accelerator.device, family, model, samples, checkpoint)
-    if setting.prior and options.optimizer.release:
-        raise UserError(
-            "optimizer.release cannot add up the gradients of pictures and class images: leave it out, or the class "
-            "images (loader.prior_weight 0)"
-        )
+    zero.refuse_spread(options.memory.shard)
+    memory = replace(options.memory, shard="no") if zero.wanted() else options.memory
     free_bytes = fit.free_bytes(accelerator)
     if accelerator.is_main_process and (free_bytes is not None or options.memory.budget != "auto") and not beside_bytes:
         say("counting what a step will take ...")
     fitted = fit.decide(
-        options.memory,
+        memory,
         options.loader,
         setting,
         device=accelerator.device,
@@ -274,6 +272,7 @@ def setting_of(
 
 def _warn(
     options: TrainConfig,
+    fitted: fit.Fit,
     objective: Kind,
     remark: str | None,
     unread: tuple[int, int],
@@ -290,6 +289,7 @@ def _warn(
     unused = [f"objective.{name}" for name in options.objective.unused(objective)]
     unused += [f"optimizer.{name}" for name in options.optimizer.unused()]
     unused += [f"memory.{name}" for name in options.memory.unused()]
+    unused += ["memory.hoist"] if options.memory.hoist == "yes" and not fitted.hoist else []
     unused += [f"ema.{name}" for name in options.ema.unused()]
     unused += [f"early_stop.{name}" for name in options.early_stop.unused()]
     if options.early_stop.on and not len(parts[1]):

@@ -48,7 +48,7 @@ class SampleConfig:
     "seed" of its own where it is given. Images are named from the file's folder."""
     out: str | None = None
     """Where the pictures go: OUT.png (of several OUT-1.png, OUT-2.png, ...), and OUT-grid.png beside them. Default:
-    RUN/samples/IMAGE-SEED, or PAIRS-SEED."""
+    RUN/samples/IMAGE-SEED, PAIRS-SEED, or words-SEED."""
     seed: int = 0
     """Of the noise."""
     steps: int = 28
@@ -63,7 +63,8 @@ class SampleConfig:
     control_end: float = 1.0
     """Share of the denoising, 0 to 1, after which the ControlNet no longer acts. Lower it to leave details free."""
     without: bool = True
-    """Paint each also without control, from the same noise, for the grid. False takes half the time."""
+    """Paint each also without what was trained, from the same noise, for the grid (not with a base that was trained:
+    what it was is gone). False takes half the time."""
     invert: bool = False
     """Turn drawings of black on white around."""
     weights: Literal["trained", "ema"] = "trained"
@@ -255,6 +256,11 @@ def _sample_words(
     """The same from words alone. Raises `UserError` where there are drawings, or a base is to be painted without."""
     if options.image or options.pairs is not None:
         raise UserError(f"{folder} is a run of adapter {adapter.name}, which sees no drawing: give PROMPT alone")
+    for name in ("control_start", "control_end", "invert"):
+        if getattr(options, name) != getattr(SampleConfig, name):
+            raise UserError(f"{name} is for drawings, and {folder} is a run of adapter {adapter.name}: leave it out")
+    if adapter.name not in ("lora", "full"):
+        raise UserError(f"{folder} is a run of adapter {adapter.name}, which diffusers' pipelines do not read")
     if options.scale != 1.0 and not adapter.keeps_base:
         raise UserError(f"{folder} has trained the base itself, which acts by 1: leave scale out")
 

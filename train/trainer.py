@@ -105,8 +105,9 @@ class Trainer:
         if spread is not None:
             self.optimizer = ShardedOptimizer(options.optimizer, spread)
         elif zero.wanted():
-            shard = self.models.shards is not None
-            self.optimizer = zero.ZeroOptimizer(options.optimizer, self.adapter.bare, trained, accelerator, shard=shard)
+            assert self.models.shards is None, "what DeepSpeed trains is not spread"
+            rates = self.adapter.rates(options)
+            self.optimizer = zero.ZeroOptimizer(options.optimizer, self.adapter.bare, trained, accelerator, rates=rates)
         else:
             self.optimizer = optimizer.make(options.optimizer, trained, self.adapter.rates(options))
         state = {} if checkpoint is None else checkpoints.state(checkpoint)

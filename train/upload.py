@@ -1,4 +1,4 @@
-"""Send an exported ControlNet to the hub: `python -m train.upload --run runs/first --repo org/name`.
+"""Send what a run has trained, exported, to the hub: `python -m train.upload --run runs/first --repo org/name`.
 
 What is sent is the export's folder as it lies there, so that a card can be edited by hand in between; where there is no
 export yet, it is made. All files arrive in one commit, or none does. HF_ENDPOINT names another server.
@@ -17,7 +17,7 @@ from shared.report import say
 
 @dataclass(frozen=True)
 class UploadConfig:
-    """Send a run's exported ControlNet to the hub. Needs `hf auth login` once, or HF_TOKEN."""
+    """Send what a run has trained, exported, to the hub. Needs `hf auth login` once, or HF_TOKEN."""
 
     run: str
     """The run's folder, for example runs/first."""

@@ -43,15 +43,25 @@ def refuse_missing() -> None:
         )
 
 
-def refuse(options: OptimizerOptions, weights: torch.dtype, stage: int, *, shard: bool) -> None:
-    """Refuse (`UserError`) what DeepSpeed does not do here."""
+def refuse_spread(shard: str) -> None:
+    """Raises `UserError` where DeepSpeed is wanted and `memory.shard` is yes."""
+    if wanted() and shard == "yes":
+        raise UserError("memory.shard yes spreads weights by FSDP2, which DeepSpeed does not: choose one of the two")
+
+
+def refuse(options: OptimizerOptions, weights: torch.dtype, stage: int, *, rates: Mapping[str, float]) -> None:
+    """Refuse (`UserError`) what DeepSpeed does not do here. `rates`: what the learning rate is multiplied by for some
+    weights."""
     if stage not in STAGES:
         raise UserError(
             f"accelerate is set up for DeepSpeed stage {stage}; here it is stage 1 or 2. Weights are spread without "
             "DeepSpeed: --memory.shard yes with --config_file examples/launch/one_machine.yaml"
         )
-    if shard:
-        raise UserError("memory.shard yes spreads weights by FSDP2, which DeepSpeed does not: choose one of the two")
+    if any(rate != 1 for rate in rates.values()):
+        raise UserError(
+            "lora.text_learning_rate: under DeepSpeed all weights have one learning rate; leave it out, or launch "
+            "without DeepSpeed"
+        )
     wrong = {
         "kind": (options.kind, "adamw", "it keeps moments in float32"),
         "release": (options.release, False, "it steps when all gradients are there"),
@@ -77,14 +87,15 @@ class ZeroOptimizer:
         parameters: Mapping[str, torch.nn.Parameter],
         accelerator: Accelerator,
         *,
-        shard: bool,
+        rates: Mapping[str, float],
     ) -> None:
-        """Over the named parameters of a module. Raises `UserError` for what DeepSpeed does not do here."""
+        """Over the named parameters of a module. `rates`: as in `refuse`. Raises `UserError` for what DeepSpeed does
+        not do here."""
         from accelerate.utils import DeepSpeedPlugin
 
         plugin = accelerator.state.deepspeed_plugin or DeepSpeedPlugin()  # on the CPU accelerate leaves it out
         weights = next(iter(parameters.values())).dtype
-        refuse(options, weights, plugin.zero_stage, shard=shard)
+        refuse(options, weights, plugin.zero_stage, rates=rates)
         import deepspeed
 
         self.options, self.parameters, self.num_updates = options, dict(parameters), 0
@@ -177,7 +188,8 @@ class ZeroOptimizer:
                     here = tensor.reshape(-1)[whole.start : whole.start + whole.numel]
                     state[key][part.start : part.start + part.numel] = here.to(flat.device)
         # Not by safe_set_full_optimizer_state: before the first step there is nothing that it could set.
-        self._zero.optimizer.state[flat] = {"step": torch.tensor(float(self.num_updates)), **state}
+        count = torch.tensor(float(self.num_updates), device=flat.device)  # where torch's fused step counts
+        self._zero.optimizer.state[flat] = {"step": count, **state}
 
 
-__all__ = ["ZeroOptimizer", "refuse", "refuse_missing", "wanted"]
+__all__ = ["ZeroOptimizer", "refuse", "refuse_missing", "refuse_spread", "wanted"]

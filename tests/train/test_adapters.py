@@ -30,6 +30,7 @@ from train import adapters, together
 from train.adapters.lora import chosen
 from train.export import ExportConfig, export
 from train.plan import PlanConfig, plan, report, subject_of
+from train.preparation import prepare
 from train.sample import SampleConfig, sample
 from train.sweep import PAGE, sweep
 from train.trainer import open_base, train
@@ -154,6 +155,15 @@ def test_a_run_learns_and_is_shown_to_the_tracker_with_its_pictures(run: Path) -
         pytest.approx(figures["loss"]) for figures in looked
     ]
     assert len(events.Scalars("train/loss")) == STEPS
+
+
+def test_a_base_without_a_modulation_says_that_there_is_none_to_compute_ahead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = cache_of("sd15", tmp_path)
+    with ExitStack() as stack:
+        prepare(options_of("lora", made, tmp_path, memory={"hoist": "yes"}), stack)
+    assert "option memory.hoist has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["flux", "sd15"])

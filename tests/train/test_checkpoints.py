@@ -64,6 +64,17 @@ def test_controlnet_is_a_relative_link_to_the_newest_so_that_a_run_can_be_moved(
     assert (moved / "controlnet" / "config.json").is_file()
 
 
+def test_what_a_run_links_to_is_its_checkpoint_whatever_else_in_its_folder_is_a_link(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("checkpoints", "a", "z"):  # in whatever order they are listed
+        (tmp_path / "other disk" / name).mkdir(parents=True)
+        run.mkdir(exist_ok=True)
+        (run / name).symlink_to(tmp_path / "other disk" / name)
+    assert checkpoints.linked(run) is None
+    path = save(run, 1)
+    assert checkpoints.linked(run) == path.resolve()
+
+
 @pytest.mark.parametrize(("keep", "left"), [(1, [9]), (2, [6, 9]), (5, [1, 2, 6, 9]), (0, [1, 2, 6, 9])])
 def test_the_newest_are_kept_as_many_as_asked(keep: int, left: list[int], tmp_path: Path) -> None:
     for step in (1, 2, 6, 9):

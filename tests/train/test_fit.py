@@ -153,13 +153,16 @@ def test_the_base_is_spread_over_cards_before_it_is_streamed_and_only_where_it_m
         found(hoisted, MemoryOptions(hoist="yes", shard="no", stream="no"))
 
 
-def test_one_process_has_nobody_to_share_the_base_with(setting: Setting) -> None:
+def test_one_process_has_nobody_to_share_the_base_with(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"one process on this machine.*accelerate launch"):
         decided(setting, MemoryOptions(shard="yes"))
     with pytest.raises(UserError, match=r"quanto's own weights cannot be cut"):
         decided(replace(setting, base="quanto"), MemoryOptions(shard="yes"), cards=2, num_processes=2)
     with pytest.raises(UserError, match=r"on other cards or on the host, not both"):
         MemoryOptions(shard="yes", stream="yes").check()
+    monkeypatch.setattr(ControlNetAdapter, "spreads_base", False)
+    with pytest.raises(UserError, match=r"memory\.shard yes: adapter controlnet needs its base whole"):
+        decided(setting, MemoryOptions(shard="yes"), cards=2, num_processes=2)
 
 
 # --- a global batch -------------------------------------------------------------------------------------------------
@@ -228,6 +231,8 @@ def test_released_gradients_are_never_accumulated(setting: Setting) -> None:
     assert batches(decided(releasing, loader=LoaderOptions(global_batch=4))) == (4, 1)
     with pytest.raises(UserError, match=r"optimizer\.release cannot add up the gradients of 2 batches"):
         decided(releasing, loader=LoaderOptions(batch_size=2, accumulation=2))
+    with pytest.raises(UserError, match=r"gradients of pictures and class images: leave it out.*prior_weight 0"):
+        decided(replace(releasing, prior=True))
 
 
 # --- a step that runs out of memory ---------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from shared.errors import UserError
+from train.adapters.lora import LoraOptions
 from train.counting import Setting, trace
-from train.memory_plan import COMPONENTS, GIB, Counted, count, fewest_recomputed
+from train.memory_plan import COMPONENTS, GIB, Counted, changes, count, fewest_recomputed, resting_bytes
 from train.optimizer import OptimizerOptions
 from train.sharding import GATHERED
 
@@ -215,3 +216,39 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_change_that_does() -> No
 def test_weights_in_float32_are_counted_as_such() -> None:
     half, full = (count(setting((2, 4), 512, 77, weights=dtype)) for dtype in (torch.bfloat16, torch.float32))
     assert full.components["ControlNet weights"] == pytest.approx(2 * half.components["ControlNet weights"], rel=0.001)
+
+
+def advised(setting: Setting) -> str:
+    return " ".join(words for words, _ in changes(setting))
+
+
+def test_nothing_is_advised_that_would_be_refused_or_do_nothing() -> None:
+    one = setting((2, 4), 512, 77)
+    for option in ("--memory.hoist yes", "--optimizer.release True", "--optimizer.states cpu"):
+        assert option in advised(one)
+    lora = replace(one, adapter="lora", depth=(0, 0), weights=torch.float32)
+    assert "--memory.hoist" in advised(lora)
+    assert "--memory.hoist" not in advised(replace(lora, lora=LoraOptions(train_text_encoder=True)))
+    assert "--memory.hoist" not in advised(replace(lora, family="sd15"))
+    assert "--optimizer.release" not in advised(replace(one, num_processes=2, cards=2))
+    prodigy = advised(replace(lora, optimizer=OptimizerOptions(kind="prodigy", learning_rate=1)))
+    assert "--optimizer" not in prodigy
+    assert "--memory.stream yes" in prodigy
+
+
+def test_a_run_on_a_shared_base_holds_its_own_text_encoder_between_its_turns() -> None:
+    lora = Setting((0, 0), 512, 512, 77, family="sd15", adapter="lora", weights=torch.float32)
+    along = replace(lora, lora=LoraOptions(train_text_encoder=True))
+    assert trace(along).weights.text_encoders > 0.2 * 2**30  # CLIP-L in bfloat16
+    assert resting_bytes(along) - resting_bytes(lora) > trace(along).weights.text_encoders
+
+
+def test_prodigy_s_step_needs_where_all_weights_were_and_how_they_moved() -> None:
+    prodigy = OptimizerOptions(kind="prodigy", learning_rate=1)
+    full = Setting(
+        (0, 0), 64, 64, 77, family="sd15", adapter="full", base="none", hoist=False, weights=torch.float32,
+        optimizer=prodigy,
+    )  # fmt: skip
+    counted = count(full)
+    assert counted.when == "optimizer step"
+    assert counted.peak_bytes > (1 + 1 + 4 + 2) * 4 * counted.num_trained  # weights, gradients, states, and these

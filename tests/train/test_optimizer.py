@@ -941,6 +941,8 @@ def test_options_without_effect_are_named() -> None:
         "clip",
         "rounding",
     ]
+    prodigy = OptimizerOptions(kind="prodigy", rounding="nearest", one_pass="no", survival_every=1)
+    assert prodigy.unused() == ["rounding", "one_pass", "survival_every"]
 
 
 def test_release_is_refused_where_a_gradient_is_not_whole_when_backward_has_it() -> None:

@@ -205,3 +205,18 @@ def test_what_is_no_run_or_no_picture_is_refused_in_one_sentence(run: Path, tmp_
         read_drawing(tmp_path / "text.png", invert=False)
     with pytest.raises(UserError, match="steps must be 1 or more"):
         SampleConfig(run=str(run), image=("a.png",), prompt=("x",), steps=0).check()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "change", "said"),
+    [
+        ("lora", {"control_end": 0.5}, "control_end is for drawings, .* adapter lora: leave it out"),
+        ("full", {"invert": True}, "invert is for drawings, .* adapter full: leave it out"),
+    ],
+)
+def test_what_is_for_drawings_is_refused_where_words_alone_are_painted(
+    adapter: str, change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.sample.read_run", lambda folder: ({}, {"adapter": adapter}))
+    with pytest.raises(UserError, match=said):
+        sample(SampleConfig(run="runs/words", prompt=("a dog",), **change))

@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from shared.errors import UserError, run_command_line
 from tests.prepared import ROOT
 from tests.train.conftest import losses, metrics, train_options
 from tests.train.test_distributed import World, exit_codes, free_port
-from train import checkpoints, zero
+from train import checkpoints, fit, zero
+from train.budget import MemoryOptions
 from train.config import TrainConfig
 from train.optimizer import OptimizerOptions
+from train.preparation import decide_fit, ground_of
 from train.trainer import train
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -104,22 +107,44 @@ def test_bf16_weights_are_stepped_on_a_float32_copy_that_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("options", "weights", "stage", "shard", "said"),
+    ("options", "weights", "stage", "rates", "said"),
     [
-        ({"kind": "adamw"}, torch.float32, 3, False, r"DeepSpeed stage 3; .*--memory\.shard yes"),
-        ({"kind": "adamw"}, torch.float32, 2, True, r"memory\.shard yes spreads weights by FSDP2"),
-        ({}, torch.float32, 2, False, r"optimizer\.kind adamw8bit .*set --optimizer\.kind adamw"),
-        ({"kind": "adamw"}, torch.bfloat16, 2, False, r"set --optimizer\.master True"),
-        ({"kind": "adamw", "release": True, "clip_norm": 0.0}, torch.float32, 2, False, r"--optimizer\.release False"),
-        ({"kind": "adamw", "clip": "parameter"}, torch.float32, 2, False, r"--optimizer\.clip global"),
+        ({"kind": "adamw"}, torch.float32, 3, {}, r"DeepSpeed stage 3; .*--memory\.shard yes"),
+        ({"kind": "adamw"}, torch.float32, 2, {"a": 0.05}, r"lora\.text_learning_rate: under DeepSpeed all weights"),
+        ({}, torch.float32, 2, {}, r"optimizer\.kind adamw8bit .*set --optimizer\.kind adamw"),
+        ({"kind": "adamw"}, torch.bfloat16, 2, {}, r"set --optimizer\.master True"),
+        ({"kind": "adamw", "release": True, "clip_norm": 0.0}, torch.float32, 2, {}, r"--optimizer\.release False"),
+        ({"kind": "adamw", "clip": "parameter"}, torch.float32, 2, {}, r"--optimizer\.clip global"),
     ],
 )
 def test_what_deepspeed_does_not_do_is_refused(
-    options: dict[str, Any], weights: torch.dtype, stage: int, shard: bool, said: str
+    options: dict[str, Any], weights: torch.dtype, stage: int, rates: dict[str, float], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        zero.refuse(OptimizerOptions(**options), weights, stage, shard=shard)
-    zero.refuse(OptimizerOptions(kind="adamw"), torch.float32, 2, shard=False)
+        zero.refuse(OptimizerOptions(**options), weights, stage, rates=rates)
+    zero.refuse(OptimizerOptions(kind="adamw"), torch.float32, 2, rates={"a": 1.0})
+
+
+def test_a_base_is_not_spread_by_training_itself_where_deepspeed_is_wanted(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {"adapter": "full", "base": {"weights": "none"}}
+    options = train_options(tiny_cache, tmp_path, memory={"shard": "auto", "budget": "40GB"}, **full)
+    given: list[MemoryOptions] = []
+
+    def decide(memory: MemoryOptions, *args: Any, **more: Any) -> Any:
+        given.append(memory)
+        raise UserError("seen")
+
+    monkeypatch.setattr(fit, "decide", decide)
+    ground, accelerator = ground_of(options), Accelerator(cpu=True)
+    for _ in range(2):
+        with pytest.raises(UserError, match="seen"):
+            decide_fit(options, accelerator, ground.family, ground.model, ground.samples, None)
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert [memory.shard for memory in given] == ["auto", "no"]
+    with pytest.raises(UserError, match=r"memory\.shard yes spreads weights by FSDP2"):
+        zero.refuse_spread("yes")
 
 
 def test_deepspeed_that_is_not_installed_is_refused_with_what_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
