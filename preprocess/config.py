@@ -77,8 +77,8 @@ class PreprocessConfig:
     """What the ControlNet will follow; several are kept side by side. `precomputed` takes the conditioning_image;
     `none` draws nothing: a LoRA or a whole base is trained on pictures and captions alone."""
     text_length: int | None = None
-    """T5 tokens. Padding is part of what FLUX sees, so use the same length at inference. Default: the model's own, 512;
-    at 77 the cache is a sixth of the size."""
+    """T5 tokens, with FLUX. Padding is part of what it sees, so use the same length at inference. Default: the model's
+    own, 512; at 77 the cache is a sixth of the size. Stable Diffusion's 77 are no choice."""
     text_tokens: bool = False
     """Keep CLIP's tokens of each caption too, some hundred bytes: for training CLIP along with a LoRA
     (lora.train_text_encoder), which reads them in the place of what CLIP says."""

@@ -15,7 +15,7 @@ from typing import Any
 from shared.cache.schema import Caption, Reads, Sample
 
 _WORDS = {
-    "text_length": "T5 length",
+    "text_length": "text length",
     "precision": "precision",
     "posterior": "posterior",
     "encoder.vae": "the VAE",
@@ -66,7 +66,7 @@ class State:
 
 
 def recipe_changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """What differs between two recipes of a layer: "T5 length 77 -> 512", "the VAE changed"."""
+    """What differs between two recipes of a layer: "text length 77 -> 512", "the VAE changed"."""
     new, old = _flat(now), _flat(before)
     changes = []
     for key in [*new, *(key for key in old if key not in new)]:

@@ -276,7 +276,8 @@ class _Stage:
         texts = [caption.text for caption in self.plan.captions if caption.text]
         length = self.layers.text_length
         if truncated := self.family.count_truncated(self.model, texts, length):
-            warn(f"{truncated} of {len(texts)} captions are cut off after {length} T5 tokens (text_length)")
+            by = " (text_length)" if self.family.min_text_length < self.family.max_text_length else ""
+            warn(f"{truncated} of {len(texts)} captions are cut off after {length} tokens{by}")
 
     # Doing it
 
@@ -379,12 +380,13 @@ class _Stage:
         if not path.is_file():
             return {}
         try:
-            before = schema.read_sealed(path)["layers"]
+            manifest = schema.read_sealed(path)
+            before, conditions_before = manifest["layers"], manifest["conditions"]
         except (schema.CacheError, KeyError) as error:
             warn(f"{error} Other conditions are taken up again when CONDITION names them (their files stay)")
             return {}
         kept = {}
-        for condition in sorted(set(conditions.names()) & set(before) - set(self.options.condition)):
+        for condition in sorted(set(conditions_before) - set(self.options.condition)):
             names = [condition, *(kind.name_in_cache(condition) for kind in self.layers.condition_kinds)]
             try:
                 reason = self._unfit(condition, before)
@@ -393,8 +395,8 @@ class _Stage:
                         name: writer.publish_layer_again(self.cache / before[name]["folder"], self.storage)
                         for name in names
                     }
-            except (schema.CacheError, KeyError) as error:
-                reason = str(error)
+            except (UserError, KeyError) as error:
+                reason = str(error).removesuffix(".")
             if reason is not None:
                 warn(
                     f"condition {condition} is left out of the cache: {reason}. Its files stay; running again with "
@@ -412,6 +414,8 @@ class _Stage:
             name = kind.name_in_cache(condition)
             expected[name] = schema.fingerprint(self.layers.condition_recipe(kind, condition, drawings))
         for name, fingerprint in expected.items():
+            if name not in layers:
+                return f"it has no {name}, which {self.family.name} needs"
             folder = self.cache / layers[name]["folder"]
             layer = schema.read_sealed(folder / schema.LAYER)
             if layers[name]["fingerprint"] != fingerprint:

@@ -175,7 +175,9 @@ class Memory:
 
     def __init__(self, cache: Path, options: SourceOptions, remember: bool) -> None:
         """`remember`: whether anything may be written."""
-        self._folder, self._options, self._remember = cache / SCAN, digest(asdict(options)), remember
+        # An option that came later is named only where it is set: what was read before it was there stays known.
+        stated = {name: value for name, value in asdict(options).items() if name != "caption" or value is not None}
+        self._folder, self._options, self._remember = cache / SCAN, digest(stated), remember
 
     def recall(self, part: Part) -> list[Scan] | None:
         """The part's rows, where its version is stated and they were read of this very version, in the same way."""

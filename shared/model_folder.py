@@ -61,13 +61,19 @@ class ModelFolder:
         """The safetensors files of a component; of several variants (`model.fp16.safetensors` beside
         `model.safetensors`) the one without a name, as diffusers loads it. Raises `UserError` where there are none."""
         files = sorted(self.component(name).glob("*.safetensors"))
-        files = [file for file in files if "." not in file.stem] or files
+        plain = [file for file in files if "." not in file.stem]
+        if files and not plain:
+            raise UserError(
+                f"model {self.name}: {self.path / name} holds its weights as a variant alone ({files[0].name}), which "
+                f"is not what is loaded; rename it to {files[0].name.split('.')[0]}.safetensors, or download the model "
+                "without a variant"
+            )
         if not files:
             raise UserError(
                 f"model {self.name}: {self.path / name} holds no .safetensors file; weights in other formats "
                 "(.bin, .ckpt) are not read, since loading them can run code"
             )
-        return files
+        return plain
 
     def sha256(self, name: str, digest: Callable[[Path], str] | None = None) -> str:
         """Digest of all that a component computes with: its configuration, vocabulary and weights, by content.

@@ -23,7 +23,7 @@ def state(*samples: Sample, captions: tuple[str, ...] = ("a box",)) -> State:
 @pytest.mark.parametrize(
     ("now", "before", "said"),
     [
-        ({"text_length": 512}, {"text_length": 77}, "T5 length 77 -> 512"),
+        ({"text_length": 512}, {"text_length": 77}, "text length 77 -> 512"),
         ({"encoder": {"vae": "a" * 64}}, {"encoder": {"vae": "b" * 64}}, "the VAE changed"),
         ({"precision": "float32"}, {"precision": "bfloat16"}, "precision bfloat16 -> float32"),
         ({"low": 50, "high": 200}, {"low": 100, "high": 200}, "low 100 -> 50"),

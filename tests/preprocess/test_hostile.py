@@ -292,7 +292,7 @@ def test_a_caption_of_any_characters_is_kept_and_encoded(name: str, made: Made) 
 
 
 def test_captions_that_are_cut_off_are_counted(made: Made) -> None:
-    assert "captions are cut off after 24 T5 tokens" in made.ran.err
+    assert "captions are cut off after 24 tokens" in made.ran.err
 
 
 def test_text_files_may_hold_any_characters_too(

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocess import images, pipeline
+from preprocess import conditions, images, pipeline
 from preprocess.conditions.canny import Canny, CannyDrawer
 from preprocess.config import EncodeOptions, PreprocessConfig
 from preprocess.engine import open_workers
@@ -309,6 +309,13 @@ def test_condition_latents_of_another_vae_do_not_stay_beside_the_new_latents(
     result = ran(setting.with_(condition=("precomputed",), model=str(model)), capsys)
     assert Cache(setting.cache).conditions == ["precomputed"]
     assert "condition canny is left out of the cache: canny_latents was made by another encoder" in result.err
+
+
+def test_a_condition_whose_file_is_elsewhere_stays(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in a folder beyond the tree, and this run is not told which."""
+    monkeypatch.setattr(conditions._REGISTRY, "names", lambda: ["precomputed"])
+    assert preprocess(setting.with_(condition=("precomputed",))) == 0
+    assert Cache(setting.cache).conditions == ["canny", "precomputed"]
 
 
 def test_a_condition_whose_folder_was_removed_is_named(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
@@ -707,7 +714,7 @@ def test_the_report_is_said_once_and_without_bars(
     assert lines[20] == (f"cache {tmp_path / 'cache'}: 6 samples (1 held out), 7 distinct captions, conditions canny")
     assert lines[21] == "sizes: 3 of 64x64, 3 of 96x48"
     assert len(lines) == 22
-    assert "warning: 6 of 7 captions are cut off after 12 T5 tokens (text_length)" in result.err
+    assert "warning: 6 of 7 captions are cut off after 12 tokens (text_length)" in result.err
     assert "%" not in result.err  # no progress bars where there is no terminal
 
 

@@ -13,7 +13,9 @@ from preprocess import images, plan
 from preprocess.config import EncodeOptions, PreprocessConfig
 from preprocess.geometry import GeometryOptions
 from preprocess.plan import Plan
+from preprocess.scan import Memory
 from preprocess.sources import SourceOptions, open_source
+from shared.cache.schema import digest
 from shared.errors import UserError
 from tests.preprocess.data_sets import Picture, as_folder, as_parquet, as_tars, pictures, png
 
@@ -146,3 +148,12 @@ def test_what_may_not_be_written_down_is_not_and_what_is_there_is_read(tmp_path:
     planned(data, tmp_path / "cache", remember=False)
     assert decoded == [png(9)]
     assert memory(tmp_path / "cache") == before
+
+
+def test_an_option_that_came_later_makes_nothing_be_read_again(tmp_path: Path) -> None:
+    """Shards at a URL are remembered by the options that they were read with: by those of then, where no other is
+    set."""
+    names = ("image_column", "caption_column", "conditioning_column", "metadata")
+    of_then = {"kind": "auto", "missing_caption": "report", **dict.fromkeys(names)}
+    assert Memory(tmp_path, SourceOptions(), False)._options == digest(of_then)
+    assert Memory(tmp_path, SourceOptions(caption="a box"), False)._options != digest(of_then)

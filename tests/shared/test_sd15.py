@@ -416,6 +416,21 @@ def test_noise_levels_and_prediction_are_the_scheduler_s(model: Path, schedule: 
     assert SD15.prediction_type(resolve(str(model), ())) == prediction
 
 
+def test_a_condition_of_another_family_s_cache_is_named_and_left_out(
+    tiny_model: Path, tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data", 3, ((64, 64),))
+    preprocess(preprocess_options(data, tmp_path / "cache", tiny_model))
+    changes: dict[str, Any] = {"family": "sd15", "text_length": None, "condition": ("tile",)}
+    (tmp_path / "data" / "metadata.jsonl").write_text(
+        (tmp_path / "data" / "metadata.jsonl").read_text().replace("box", "box " * 99)
+    )
+    preprocess(preprocess_options(data, tmp_path / "cache", tiny_sd15, **changes))
+    told = capsys.readouterr().err
+    assert "condition canny is left out of the cache: it has no canny_pixels, which sd15 needs. Its files" in told
+    assert "captions are cut off after 77 tokens\n" in told, "which is no choice"
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
