@@ -27,7 +27,7 @@ FIXED = ("name", "runs", "device")
 
 @dataclass(frozen=True)
 class SweepConfig(TrainConfig):
-    """Train several ControlNets from one cache, every combination of what is listed. Running the same command again
+    """Train several runs from one cache, every combination of what is listed. Running the same command again
     goes on where it ended; what is trained already stays as it is. Every option of `python -m train` holds for all of
     them."""
 
@@ -47,7 +47,7 @@ class SweepConfig(TrainConfig):
     `device` says."""
     shared_base: bool = False
     """Train all experiments of a GPU side by side in one process, in turns, on one frozen base. Takes the memory of the
-    base once and of the largest step, and of each ControlNet its weights and optimizer states. Each result is the one
+    base once and of the largest step, and of each run its weights and optimizer states. Each result is the one
     that it would be alone."""
 
     def check(self) -> None:

@@ -19,7 +19,7 @@ from shared.errors import EXIT_REFUSED, UserError
 from shared.families.base import Family
 from shared.model_folder import ModelFolder, resolve
 from shared.report import say, warn
-from train import adapters, checkpoints, fit, processes, zero
+from train import adapters, checkpoints, fit, objectives, processes, zero
 from train.config import TrainConfig
 from train.counting import Setting
 from train.early_stop import taken_up
@@ -108,6 +108,7 @@ def ground_of(options: TrainConfig) -> Ground:
     said = {name: shape for encoder in encoders for name, shape in encoder.shapes(model).items()}
     remark = family.check_base(model, samples.shapes | said, samples.recipes)
     adapter.refuse(options, family, model)
+    objectives.make(options.objective, family, model)  # may refuse
     facts = {
         "family": family.name,
         "model": {"name": model.name, "revision": model.revision},

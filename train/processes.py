@@ -1,6 +1,6 @@
 """Several processes that train together, on one machine or more: what they must agree on, and how gradients meet.
 
-Each process has a card, the frozen base and the whole ControlNet; of a step's batches each takes its share, and
+Each process has a card, the base and all that is trained; of a step's batches each takes its share, and
 DistributedDataParallel averages the gradients while backward still runs. `accelerate launch` starts them, `train` is
 the same command. What a frozen base may be spread over is `train/sharding.py`'s business, a trained one's
 `train/sharded_training.py`'s; DeepSpeed's is `train/zero.py`.
@@ -115,14 +115,14 @@ def refuse_unseen(accelerator: Accelerator, checkpoint: Path | None) -> None:
     refuse_together(accelerator, complaint)
 
 
-def together(controlnet: torch.nn.Module, accelerator: Accelerator, *, idle: bool) -> torch.nn.Module:
-    """The ControlNet as several processes call it: backward averages the gradients over them. Alone, the ControlNet
-    itself. `idle`: some of its parameters never get a gradient."""
+def together(bare: torch.nn.Module, accelerator: Accelerator, *, idle: bool) -> torch.nn.Module:
+    """An adapter's `bare` module as several processes call it: backward averages the gradients over them. Alone, the
+    module itself. `idle`: some of its parameters never get a gradient."""
     if accelerator.num_processes == 1:
-        return controlnet
+        return bare
     device = accelerator.device
     return DistributedDataParallel(
-        controlnet,
+        bare,
         device_ids=[device] if device.type == "cuda" else None,
         find_unused_parameters=idle,
         # Else each gradient would lie in memory twice: as itself, and in the bucket in which it is averaged. Both are

@@ -1,4 +1,4 @@
-"""One optimizer step, the method itself: on whatever base and ControlNet it is given, real, random or fake tensors.
+"""One optimizer step, the method itself: on whatever base and adapter it is given, real, random or fake tensors.
 
 Training, the benchmarks and the plan that counts memory all run this one. A step is a function of (weights, batches,
 seed): times, noise and rounding are drawn from the seed and a position.

@@ -80,7 +80,8 @@ def refuse_impossible(found: Sequence[Experiment]) -> None:
     for experiment in found:
         options = experiment.options
         reads = (options.cache, options.remote, options.model, options.revision, options.condition, options.depth)
-        key = repr((reads, options.controlnet.start_from, options.adapter, options.lora))
+        base = (options.base, options.memory, options.speed, options.optimizer.kind, options.objective)
+        key = repr((reads, base, options.controlnet.start_from, options.adapter, options.lora, options.full))
         try:
             if key not in looked:
                 looked[key] = ground_of(options).facts

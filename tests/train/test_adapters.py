@@ -358,6 +358,15 @@ def test_a_sweep_over_adapters_and_ranks_has_one_page_and_a_base_is_shared_where
     with pytest.raises(UserError, match="SHARED_BASE: adapter full changes what the base computes"):
         sweep(sweep_options(made, tmp_path, adapter="full", seeds=(0, 1), shared_base=True, **common))
 
+    forked.clear()  # before the first one is trained, the last one is refused
+    held = sweep_options(made, tmp_path, adapter="full", vary=("base.weights=none,int8",), **common)
+    with pytest.raises(UserError, match="weights-int8: adapter full trains the base's own weights"):
+        sweep(replace(held, name="third"))
+    unlearnable = ("objective.zero_terminal_snr=False,True",)
+    with pytest.raises(UserError, match="snr-True: the base predicts the noise"):
+        sweep(replace(sweep_options(made, tmp_path, vary=unlearnable, **common), name="fourth"))
+    assert not forked
+
 
 @pytest.mark.parametrize(("adapter", "title"), [("controlnet", "ControlNet"), ("full", "trained"), ("lora", "LoRA")])
 def test_a_plan_names_what_is_trained(adapter: str, title: str) -> None:
