@@ -52,6 +52,7 @@ def open_words(
     pipeline = diffusers.DiffusionPipeline.from_pretrained(model.path, dtype=dtype, **parts)
     if adapter.keeps_base:
         pipeline.load_lora_weights(weights, adapter_name="trained")
+    pipeline.set_progress_bar_config(disable=None)  # quiet where it is no terminal
     place(pipeline, device)
     own, changed = pipeline.scheduler, family.scheduler_for(pipeline.scheduler, scheduler)
     words: dict[str, Any] = {"width": size[0], "height": size[1], "num_inference_steps": num_steps}
