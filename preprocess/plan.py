@@ -81,7 +81,6 @@ class _Rows:
         self._blobs: dict[str, Blob] = {}
         self._once: dict[Hashable, Any] = {}
         self._source_says_splits = False
-        self._num_images = 0
 
     def _shared(self, value: T) -> T:
         """The first object that was equal to this one."""
@@ -90,7 +89,6 @@ class _Rows:
     def add(self, scan: Scan) -> None:
         """Take up one image."""
         record = scan.record
-        self._num_images += 1
         self._blobs[record.name] = record.image
         if record.conditioning is not None and record.conditioning_name is not None:
             self._blobs[record.conditioning_name] = record.conditioning
@@ -142,11 +140,12 @@ class _Rows:
     def plan(self) -> Plan:
         """The plan of all that were added."""
         samples = self._samples
-        if not samples:
+        given = [sample for sample in samples if not sample.prior]
+        if not given:
             raise UserError(f"there is not one image in {self._options.data}")
-        if not any(sample.status == "ok" for sample in samples):
-            reasons = "; ".join(sorted({str(sample.error) for sample in samples})[:3])
-            raise UserError(f"none of the {self._num_images} images in {self._options.data} can be used: {reasons}")
+        if not any(sample.status == "ok" for sample in given):
+            reasons = "; ".join(sorted({str(sample.error) for sample in given})[:3])
+            raise UserError(f"none of the {len(given)} images in {self._options.data} can be used: {reasons}")
         samples.sort(key=lambda sample: sample.key)
         assert all(a.key != b.key for a, b in itertools.pairwise(samples)), "keys are unique"
         if not self._source_says_splits:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -25,6 +27,7 @@ from shared.cache.prune import leftovers
 from shared.cache.reader import Cache
 from shared.cache.verify import verify
 from shared.errors import UserError
+from shared.families.parts.painter import place
 from shared.inspect.config import InspectConfig
 from shared.inspect.gather import gather
 from shared.inspect.page import page
@@ -168,6 +171,39 @@ def test_the_cache_vouches_for_them_and_what_is_lost_or_altered_is_painted_again
     assert len(verify(tmp_path / "cache").problems) == 1
     assert repair(options) == 0
     assert contents(tmp_path / "cache") == before
+
+
+def test_they_alone_are_no_data_set(finished: PreprocessConfig, tmp_path: Path) -> None:
+    copied = shutil.copytree(finished.cache, tmp_path / "cache")
+    data = write_data(tmp_path / "data", 2)
+    for picture in data.glob("*.png"):
+        picture.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"none of the 2 images in .* can be used"):
+        preprocess(replace(finished, data=str(data), cache=str(copied)))
+
+
+def test_on_a_gpu_with_a_number_one_component_is_there_at_a_time_where_not_all_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a machine with several GPUs the first one that is asked for paints."""
+    asked: list[Any] = []
+
+    class Pipeline:
+        components: ClassVar[dict[str, Any]] = {"unet": torch.nn.Linear(10, 10, bias=False), "scheduler": None}
+
+        def enable_model_cpu_offload(self, device: str) -> None:
+            asked.append(("one at a time", device))
+
+        def to(self, device: str) -> None:
+            asked.append(("whole", device))
+
+    memory = {0: 10**6, 1: 450}  # bytes; 400 is more than a share of the latter
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory[device.index or 0])
+    )
+    for device in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        place(Pipeline(), device)
+    assert asked == [("whole", "cpu"), ("whole", "cuda"), ("whole", "cuda:0"), ("one at a time", "cuda:1")]
 
 
 def test_without_them_a_cache_is_what_it_was(finished: PreprocessConfig, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def place(pipeline: Any, device: str) -> None:
     """Put a pipeline on its device: one component at a time where not all fit, as FLUX.1-dev with T5, 34 GB."""
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     needed = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    if device == "cuda" and needed > _SHARE * torch.cuda.get_device_properties(0).total_memory:
-        pipeline.enable_model_cpu_offload()
+    of_gpu = torch.device(device).type == "cuda"  # which may have a number
+    if of_gpu and needed > _SHARE * torch.cuda.get_device_properties(torch.device(device)).total_memory:
+        pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
