@@ -298,7 +298,7 @@ def test_a_lora_s_single_file_has_the_names_that_other_programs_know_and_paints_
     assert not torch.allclose(painted[0], painted[2], rtol=1e-2)
 
 
-def test_it_is_sampled(run: Path, tmp_path: Path) -> None:
+def test_it_is_sampled(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = adapter_of(run)
     if adapter.name == "lora":
         pytest.importorskip("peft")
@@ -308,6 +308,7 @@ def test_it_is_sampled(run: Path, tmp_path: Path) -> None:
         run=str(run), image=drawing, prompt=("a box",), steps=2, device="cpu", out=str(tmp_path / "picture.png")
     )
     assert sample(options) == 0
+    assert "it/s" not in capsys.readouterr().err, "no bars where there is no terminal"
     assert Image.open(tmp_path / "picture.png").size == (64, 64)
     columns = 1 + adapter.keeps_base + adapter.conditioned
     assert Image.open(tmp_path / "picture-grid.png").width == columns * 64 + (columns - 1) * 2
