@@ -196,6 +196,11 @@ class CachedSamples:
                     for key in sorted({*first.summary.recipe, *other.summary.recipe} - {"layer", "drawings"})
                     if first.summary.recipe.get(key) != other.summary.recipe.get(key)
                 ]
+                if differing == ["channels"]:  # which no option changes
+                    raise UserError(
+                        f"{self.cache.url}: of '{first.summary.name}' and '{other.summary.name}' one is grey and one "
+                        "has colours, so they cannot be trained on together; train on each by itself"
+                    )
                 if differing:
                     raise UserError(
                         f"{self.cache.url}: '{first.summary.name}' and '{other.summary.name}' were made with different "

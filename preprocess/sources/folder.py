@@ -115,7 +115,8 @@ class Folder(Source, Part):
         if not any(record.captions for record in records):
             raise UserError(
                 f"none of the {len(records)} images in {data} has a caption; put NAME.txt beside each NAME.png, or "
-                f"write {listing.METADATA[0]} with 'file_name' and 'text', or set missing_caption=empty"
+                f"write {listing.METADATA[0]} with 'file_name' and 'text', or give all of them one by source.caption, "
+                "or set source.missing_caption=empty"
             )
 
 

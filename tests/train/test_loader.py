@@ -558,14 +558,21 @@ def test_of_several_conditions_one_is_drawn_for_each_sample_and_the_right_drawin
         assert torch.equal(looked_at.tensors["condition_latents.std"][i], finest["std"][drawing])
 
 
-def test_conditions_that_were_made_differently_are_refused_together(tmp_path: Path) -> None:
-    recipes = {"lineart_latents": {"precision": "float32", "drawings": "8"}, "canny_latents": {"drawings": "9"}}
+@pytest.mark.parametrize(
+    ("differing", "sentence"),
+    [
+        ({"precision": "float32"}, r"'canny_latents' and 'lineart_latents' were made with different options \(preci"),
+        ({"channels": 3}, r"of 'canny_latents' and 'lineart_latents' one is grey .* train on each by itself"),
+    ],
+)
+def test_conditions_that_were_made_differently_are_refused_together(
+    differing: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    recipes = {"lineart_latents": {**differing, "drawings": "8"}, "canny_latents": {"drawings": "9"}}
     cache = made_cache.write(
         tmp_path / "cache", made_cache.samples_named(3), drawings={"canny": 1, "lineart": 1}, recipes=recipes
     )
-    with pytest.raises(
-        UserError, match=r"'canny_latents' and 'lineart_latents' were made with different options \(preci"
-    ):
+    with pytest.raises(UserError, match=sentence):
         CachedSamples(Cache(cache), flux(), ("canny", "lineart"), "train")
 
 
