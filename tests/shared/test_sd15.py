@@ -287,6 +287,14 @@ def test_a_vae_as_old_as_sd15_s_is_read_as_diffusers_reads_it(model: Path, tiny_
     assert torch.equal(*pictures)
 
 
+def test_a_text_encoder_may_state_no_projection(model: Path) -> None:
+    """As those that were saved before there were any: of SD 1.4, say."""
+    path = model / "text_encoder" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "projection_dim"}))
+    [kind] = [kind for kind in SD15.layers if kind.reads == "caption"]
+    assert SD15.row_bytes(kind, resolve(str(model), ()), torch.bfloat16, 0, 77) == 77 * 24 * 2 + 1024
+
+
 def test_the_painter_paints_as_the_pipeline_does(tiny_sd15: Path, tmp_path: Path) -> None:
     from shared.families.base import Order
 

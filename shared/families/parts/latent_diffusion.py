@@ -130,8 +130,10 @@ class LatentDiffusion(Family):
             return clip.TOKENS_BYTES
         else:
             config = model.config(layer.components[0])
-            of_field = {"prompt_embeds": text_length * config["hidden_size"]}
-            numbers = sum(of_field.get(field.name, config["projection_dim"]) for field in layer.fields)
+            numbers = sum(
+                text_length * config["hidden_size"] if field.name == "prompt_embeds" else config["projection_dim"]
+                for field in layer.fields
+            )
         return numbers * dtype.itemsize + 1024  # two tar blocks: the member's header, and the tensors' own
 
     def count_tokens(self, model: ModelFolder, captions: Sequence[str]) -> list[int]:
