@@ -104,7 +104,7 @@ compare: $(INSTALLED)
 
 sample: $(INSTALLED)
 	@$(if $(and $(RUN),$(or $(PAIRS),$(PROMPT))),,echo \
-		'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="...", or PAIRS=pairs.jsonl for the last two' >&2; exit 2)
+		'error: make sample needs RUN=runs/NAME IMAGE=drawing.png PROMPT="...", or PAIRS=pairs.jsonl for the last two; with a LoRA or a base PROMPT alone' >&2; exit 2)
 	@$(RUN_PYTHON) -m train.sample --run "$(RUN)" $(call quoted,IMAGE,image) $(call quoted,PROMPT,prompt) \
 		$(call quoted,PAIRS,pairs) $(ARGS)
 

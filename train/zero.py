@@ -38,7 +38,7 @@ def refuse_missing() -> None:
     """Raises `UserError` where DeepSpeed is wanted and not installed."""
     if wanted() and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "accelerate is set up for DeepSpeed, which is not installed: pip install 'underdrawing[deepspeed]', or "
+            "accelerate is set up for DeepSpeed, which is not installed: pip install 'deepspeed>=0.18', or "
             "launch without it; --optimizer.states cpu keeps moments on the host as well"
         )
 

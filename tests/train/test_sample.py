@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.train.made_run import make_run
 from train import checkpoints
 from train.checkpoints import CheckpointOptions
 from train.config import TrainConfig
+from train.export import ExportConfig, export
 from train.sample import SampleConfig, fit, read_drawing, read_pairs, read_run, sample
 from train.validation import ValidationOptions
 
@@ -220,3 +222,14 @@ def test_what_is_for_drawings_is_refused_where_words_alone_are_painted(
     monkeypatch.setattr("train.sample.read_run", lambda folder: ({}, {"adapter": adapter}))
     with pytest.raises(UserError, match=said):
         sample(SampleConfig(run="runs/words", prompt=("a dog",), **change))
+
+
+def test_what_only_a_program_of_its_own_can_read_is_neither_painted_with_nor_exported(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offset = SimpleNamespace(name="offset", conditioned=False, keeps_base=True)
+    monkeypatch.setattr("train.adapters.get", lambda name: offset)
+    with pytest.raises(UserError, match="run of adapter offset, which diffusers' pipelines do not read"):
+        sample(SampleConfig(run=str(run), prompt=("a dog",)))
+    with pytest.raises(UserError, match="adapter offset, which neither diffusers nor ComfyUI reads: hand over .*step-"):
+        export(ExportConfig(run=str(run)))
