@@ -231,5 +231,5 @@ def test_what_only_a_program_of_its_own_can_read_is_neither_painted_with_nor_exp
     monkeypatch.setattr("train.adapters.get", lambda name: offset)
     with pytest.raises(UserError, match="run of adapter offset, which diffusers' pipelines do not read"):
         sample(SampleConfig(run=str(run), prompt=("a dog",)))
-    with pytest.raises(UserError, match=r"adapter offset, which neither diffusers nor ComfyUI reads: hand over .*step-"):
+    with pytest.raises(UserError, match="adapter offset, which neither diffusers nor ComfyUI reads: hand over"):
         export(ExportConfig(run=str(run)))
