@@ -38,9 +38,7 @@ class ModelFolder:
         missing = [file for file in ("config.json", *files) if not (folder / file).is_file()]
         if not folder.is_dir():
             there = ", ".join(sorted(child.name for child in self.path.iterdir() if child.is_dir())) or "nothing"
-            raise UserError(
-                f"model {self.name} has no folder '{name}' (it has: {there}); expected the layout of FLUX.1-dev"
-            )
+            raise UserError(f"model {self.name} has no folder '{name}' (it has: {there}); expected diffusers' layout")
         if missing and not name.startswith("tokenizer"):
             raise UserError(f"model {self.name}: {folder} lacks {', '.join(missing)}")
         return folder
@@ -51,11 +49,13 @@ class ModelFolder:
 
     def config(self, name: str) -> dict[str, Any]:
         """The component's `config.json`."""
-        path = self.component(name) / "config.json"
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}); download the model again") from error
+        return _read_json(self.component(name) / "config.json")
+
+    def index(self) -> dict[str, Any]:
+        """`model_index.json`: the pipeline's class and parts, those that are not on this machine, too. Empty where
+        there is none."""
+        path = self.path / "model_index.json"
+        return _read_json(path) if path.is_file() else {}
 
     def weights(self, name: str) -> list[Path]:
         """The safetensors files of a component; of several variants (`model.fp16.safetensors` beside
@@ -111,6 +111,13 @@ class ModelFolder:
                 for key in sorted(opened.keys()):
                     if key.startswith(prefix):
                         yield key, opened.get_tensor(key)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); download the model again") from error
 
 
 def open_weights(file: Path) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from shared.cache.schema import Field
+from shared.errors import UserError
 from shared.families.base import Batch, Inputs, LayerKind, TextToImage
 from shared.families.parts import clip
 from shared.families.parts.latent_diffusion import LatentDiffusion
@@ -52,6 +53,11 @@ class StableDiffusion15(LatentDiffusion):
         ), shard_rows=1024),
     )  # fmt: skip
     text_encoders = (clip.Clip(clip.last, clip.L_14),)
+
+    def check_encoders(self, model: ModelFolder) -> None:
+        super().check_encoders(model)
+        if any(model.index().get("text_encoder_2") or ()):
+            raise UserError(f"model {model.name} has two text encoders, where sd15 has one: is it SDXL's? FAMILY=sdxl")
 
     def text_facts(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int, str]]:
         return {"clip.prompt_embeds": (1, config["cross_attention_dim"], "features of the CLIP embeddings")}

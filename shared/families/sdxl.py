@@ -6,7 +6,6 @@ stable-diffusion-xl-base-1.0 as diffusers runs it (StableDiffusionXLControlNetPi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -103,9 +102,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     def guided_from(self, model: ModelFolder, uncaptioned: Inputs) -> Inputs:
         """Zeros in the place of both embeddings, where the model's pipeline has them so (SDXL's base has)."""
-        index = model.path / "model_index.json"
-        told = json.loads(index.read_text()) if index.is_file() else {}
-        if not told.get("force_zeros_for_empty_prompt", True):
+        if not model.index().get("force_zeros_for_empty_prompt", True):
             return uncaptioned
         words = ("encoder_hidden_states", "text_embeds")
         zeros = {name: torch.zeros_like(uncaptioned.embeds[name]) for name in words}

@@ -458,6 +458,10 @@ def with_another_text_encoder(model: Path) -> None:
     change(model / "text_encoder" / "config.json", model_type="t5")
 
 
+def of_sdxl(model: Path) -> None:
+    change(model / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+
+
 def with_a_longer_text(model: Path) -> None:
     change(model / "tokenizer" / "tokenizer_config.json", model_max_length=128)
 
@@ -468,6 +472,7 @@ def with_a_longer_text(model: Path) -> None:
         (with_another_vae, "is not Stable Diffusion's: it has 16 latent channels"),
         (with_normalised_latents, "normalises each latent channel by itself"),
         (with_another_text_encoder, "is a 't5', where sd15 has 'clip_text_model'"),
+        (of_sdxl, "has two text encoders, where sd15 has one: is it SDXL's"),
         (with_a_longer_text, "length of its tokenizer is 128, where CLIP has 77"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

@@ -32,7 +32,7 @@ def tokenizer(kind: Any, model: ModelFolder, component: str, encoder: str, files
     `UserError`: without a vocabulary it would be loaded all the same, and every word would be the unknown one."""
     folder = model.path / component
     if not folder.is_dir():
-        raise UserError(f"model {model.name} has no folder '{component}'; expected the layout of FLUX.1-dev")
+        raise UserError(f"model {model.name} has no folder '{component}'; expected diffusers' layout")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing and not (folder / "tokenizer.json").is_file():
         raise UserError(f"model {model.name}: {folder} lacks {' and '.join(missing)}; download the model again")
