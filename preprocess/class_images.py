@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from preprocess.layers import Layers
 
 
+_ZEROS = "force_zeros_for_empty_prompt"
+"""What SDXL's pipeline is told in `model_index.json`: what its pictures are guided away from."""
+
+
 def components(family: Family) -> list[str]:
     """The folders of a model that painting reads beside those of the encoders. Raises `UserError` where the family
     cannot paint."""
@@ -61,7 +65,7 @@ class ClassImages:
         assert facts is not None
         assert options.prompt is not None
         side = self._layers.options.geometry.resolution
-        recipe = {
+        recipe: dict[str, Any] = {
             "prompt": options.prompt.strip(),
             "seed": options.seed,
             "num_steps": facts.num_steps if options.steps is None else options.steps,
@@ -72,7 +76,11 @@ class ClassImages:
             "pipeline": facts.pipeline,
             "weights": _weights(family, model),
         }
-        return recipe if facts.text_length is None else {**recipe, "text_length": self._layers.text_length}
+        if facts.text_length is not None:
+            recipe["text_length"] = self._layers.text_length
+        if not model.index().get(_ZEROS, True):
+            recipe[_ZEROS] = False
+        return recipe
 
     @cached_property
     def folder(self) -> str:

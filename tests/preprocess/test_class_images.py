@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from dataclasses import replace
 from datetime import datetime
@@ -17,20 +18,23 @@ import pytest
 import torch
 from PIL import Image
 
-from preprocess.class_images import seed_of
+from preprocess.class_images import ClassImages, seed_of
 from preprocess.config import PreprocessConfig
+from preprocess.layers import Layers
 from preprocess.pipeline import preprocess, tell_status
 from preprocess.prior import PriorOptions
 from preprocess.repair import repair
 from shared import atomic, families
 from shared.cache.prune import leftovers
 from shared.cache.reader import Cache
+from shared.cache.storage import open_storage
 from shared.cache.verify import verify
 from shared.errors import UserError
 from shared.families.parts.painter import place
 from shared.inspect.config import InspectConfig
 from shared.inspect.gather import gather
 from shared.inspect.page import page
+from shared.model_folder import resolve
 from tests.conftest import TEXT_LENGTH, preprocess_options, write_data
 from tests.preprocess.runs import contents, ran
 
@@ -171,6 +175,22 @@ def test_the_cache_vouches_for_them_and_what_is_lost_or_altered_is_painted_again
     assert len(verify(tmp_path / "cache").problems) == 1
     assert repair(options) == 0
     assert contents(tmp_path / "cache") == before
+
+
+def test_what_the_pipeline_is_told_is_a_part_of_what_they_were_painted_by(tmp_path: Path) -> None:
+    model = families.get("sdxl").tiny(tmp_path / "model")
+    options = wanting(tmp_path / "cache", model, tmp_path, family="sdxl", text_length=None)
+
+    def painted() -> ClassImages:
+        layers = Layers(options, resolve(str(model), ()))
+        return ClassImages(layers, open_storage(options.cache, options.remote))
+
+    before = painted().recipe
+    index = json.loads((model / "model_index.json").read_text())
+    assert index["force_zeros_for_empty_prompt"] is True
+    (model / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    assert painted().recipe == {**before, "force_zeros_for_empty_prompt": False}
+    assert "force_zeros_for_empty_prompt" not in before, "what was painted before this was looked at stays"
 
 
 def test_they_alone_are_no_data_set(finished: PreprocessConfig, tmp_path: Path) -> None:
