@@ -7,6 +7,7 @@ import hashlib
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from preprocess.sources import KINDS, SourceOptions, open_source
 from preprocess.sources.base import splits_of
 from shared.cache.reader import Cache
 from shared.errors import UserError
+from tests import forked
 from tests.conftest import preprocess_options
 from tests.preprocess.data_sets import Picture, as_folder, as_parquet, as_saved, as_tars, pictures, png
 from tests.preprocess.range_server import range_server
@@ -169,29 +171,37 @@ def test_keys_of_one_container_follow_each_other_in_its_order(tmp_path: Path) ->
         assert sorted(names, key=lambda name: key_of(name, 0)) == names
 
 
+def _memory_of_plans(plans: list[tuple[str, int]], answer: Connection) -> None:
+    """Of each plan, data and number of pictures: the bytes that it keeps, the most that there were in memory while it
+    was made, and what most of the first are."""
+    for data, count in plans:
+        gc.collect()
+        tracemalloc.start(8)
+        config = PreprocessConfig(data=data, condition=("canny",), geometry=GeometryOptions(resolution=64))
+        planned = plan.make(open_source(data, config.source), config, 16)
+        gc.collect()
+        kept, most = tracemalloc.get_traced_memory()
+        largest = tracemalloc.take_snapshot().statistics("traceback")[0]
+        tracemalloc.stop()
+        assert len(planned.sound) == count
+        answer.send((kept, most, "\n".join([str(largest), *largest.traceback.format()])))
+
+
 @pytest.mark.parametrize("write", [as_folder, as_tars, as_parquet])
 def test_memory_grows_with_the_rows_and_not_with_the_images(
     write: Callable[[Path, list[Picture]], str | Path], tmp_path: Path
 ) -> None:
-    def memory_of(count: int) -> tuple[int, int]:
-        """Bytes that a plan of so many pictures of 64 KB keeps, and the most that were in memory while it was made."""
-        made = [Picture(png(i) + bytes(1 << 16), [f"picture number {i}"]) for i in range(count)]
-        data = write(tmp_path / str(count), made)
-        del made
-        gc.collect()
-        tracemalloc.start()
-        try:
-            config = PreprocessConfig(data=str(data), condition=("canny",), geometry=GeometryOptions(resolution=64))
-            planned = plan.make(open_source(data, config.source), config, 16)
-            gc.collect()
-            kept, most = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-        assert len(planned.sound) == count
-        return kept, most
-
-    memory_of(10)  # what is imported and compiled once
-    few, many = memory_of(50), memory_of(250)
-    assert (many[0] - few[0]) / 200 < 1500
+    plans = []
+    for count in (10, 50, 250):  # the first for what is imported and compiled once
+        made = [Picture(png(i) + bytes(1 << 16), [f"picture number {i}"]) for i in range(count)]  # of 64 KB
+        plans.append((str(write(tmp_path / str(count), made)), count))
+    processes = forked.context()  # where no thread of another test has memory of its own
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=_memory_of_plans, args=(plans, theirs))
+    process.start()
+    theirs.close()
+    _, few, many = (ours.recv() for _ in plans)
+    process.join()
+    assert (many[0] - few[0]) / 200 < 1500, many[2]
     in_hand = 16 << 16  # how many pictures are being read at a time is the threads' business
-    assert many[1] - few[1] < 200 * 2500 + in_hand  # of 13 MB
+    assert many[1] - few[1] < 200 * 2500 + in_hand, many[2]  # of 13 MB
