@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxControlNetPipeline
+from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxPipeline
 from PIL import Image
 
 from shared.cache.reader import Cache
@@ -90,6 +90,27 @@ class Reference:
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         B, c, h, w = latents.shape
         return self.pipeline._pack_latents(latents, B, c, h, w)
+
+    def loss_without_control(self, pipeline: FluxPipeline, batch: Batch, seed: int) -> torch.Tensor:
+        """The mean loss, 0-dim, of another pipeline's own transformer at guidance 1."""
+        samples = [self.cache.samples[key] for key in batch.keys]
+        draw = torch.Generator().manual_seed(seed_of(seed, batch.position, 3))
+        times = torch.Generator().manual_seed(seed_of(seed, batch.position, 4))
+        with torch.no_grad():
+            x_0 = self.latents([placed_image(self.data, sample) for sample in samples], draw)
+            t = torch.sigmoid(torch.randn(len(samples), generator=times))
+            noise = torch.randn(x_0.shape, generator=draw)
+            captions = self.captions(batch)
+            embeds, pooled, text_ids = pipeline.encode_prompt(
+                prompt=captions, prompt_2=captions, max_sequence_length=TEXT_LENGTH
+            )
+        ids = pipeline._prepare_latent_image_ids(len(t), batch.height // 16, batch.width // 16, CPU, torch.float32)
+        velocity = pipeline.transformer(
+            hidden_states=(1 - t[:, None, None]) * x_0 + t[:, None, None] * noise, timestep=t,
+            guidance=torch.ones(len(t)), pooled_projections=pooled, encoder_hidden_states=embeds, txt_ids=text_ids,
+            img_ids=ids, return_dict=False,
+        )[0]  # fmt: skip
+        return (velocity - (noise - x_0)).square().mean()
 
     def losses(self, batch: Batch, seed: int) -> torch.Tensor:
         pipeline, samples = self.pipeline, [self.cache.samples[key] for key in batch.keys]

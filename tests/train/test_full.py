@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 
 from shared.errors import UserError
 from shared.model_folder import resolve
-from tests.conftest import TEXT_LENGTH
-from tests.preprocess.runs import placed_image
 from tests.train.conftest import content, flux, losses, metrics, train_options, trainer_of
 from tests.train.test_controlnet import CPU, Reference
 from train.config import TrainConfig
@@ -26,7 +24,6 @@ from train.memory_plan import changes, count
 from train.optimizer import OptimizerOptions
 from train.preparation import base_dtype, dtypes
 from train.trainer import train
-from train.validation import seed_of
 
 LOOKS = {"every": 4, "samples": 2, "timesteps": 2}
 
@@ -52,24 +49,7 @@ def test_loss_and_every_gradient_equal_those_of_diffusers_own_transformer_from_t
     own = flux().make_controlnet(resolve(str(tiny_model), ()), 1, 1, "copy", torch.float32)  # for its pictures alone
     pictures = Reference(tiny_data, tiny_cache, tiny_model, own)
     pipeline = FluxPipeline.from_pretrained(tiny_model)
-    draw = torch.Generator().manual_seed(seed_of(5, batch.position, 3))
-    times = torch.Generator().manual_seed(seed_of(5, batch.position, 4))
-    with torch.no_grad():
-        samples = [pictures.cache.samples[key] for key in batch.keys]
-        x_0 = pictures.latents([placed_image(tiny_data, sample) for sample in samples], draw)
-        t = torch.sigmoid(torch.randn(len(samples), generator=times))
-        noise = torch.randn(x_0.shape, generator=draw)
-        captions = pictures.captions(batch)
-        embeds, pooled, text_ids = pipeline.encode_prompt(
-            prompt=captions, prompt_2=captions, max_sequence_length=TEXT_LENGTH
-        )
-    velocity = pipeline.transformer(
-        hidden_states=(1 - t[:, None, None]) * x_0 + t[:, None, None] * noise, timestep=t,
-        guidance=torch.ones(len(t)), pooled_projections=pooled, encoder_hidden_states=embeds, txt_ids=text_ids,
-        img_ids=pipeline._prepare_latent_image_ids(len(t), batch.height // 16, batch.width // 16, CPU, torch.float32),
-        return_dict=False,
-    )[0]  # fmt: skip
-    loss = (velocity - (noise - x_0)).square().mean()
+    loss = pictures.loss_without_control(pipeline, batch, 5)
     loss.backward()
     expected = {name: p.grad for name, p in pipeline.transformer.named_parameters() if p.grad is not None}
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from shared.errors import UserError
 from shared.families.base import Batch
 from shared.model_folder import resolve
-from tests.conftest import TEXT_LENGTH
 from tests.train.conftest import content, flux, losses, metrics, samples_of, train_options
 from tests.train.test_compile import Counting, inputs_of
 from tests.train.test_controlnet import CPU, Reference
@@ -38,7 +37,6 @@ from train.sample import SampleConfig, sample
 from train.samples import CachedSamples
 from train.step import Step
 from train.trainer import train
-from train.validation import seed_of
 
 LOOKS = {"every": 4, "samples": 2, "timesteps": 2}
 
@@ -108,26 +106,7 @@ def reference(
     assert len(weights) >= 16
     for parameter in weights.values():
         parameter.requires_grad_(True)
-    draw = torch.Generator().manual_seed(seed_of(seed, batch.position, 3))
-    times = torch.Generator().manual_seed(seed_of(seed, batch.position, 4))
-    from tests.preprocess.runs import placed_image
-
-    samples = [pictures.cache.samples[key] for key in batch.keys]
-    with torch.no_grad():
-        x_0 = pictures.latents([placed_image(data, sample) for sample in samples], draw)
-        t = torch.sigmoid(torch.randn(len(samples), generator=times))
-        noise = torch.randn(x_0.shape, generator=draw)
-        captions = pictures.captions(batch)
-        embeds, pooled, text_ids = pipeline.encode_prompt(
-            prompt=captions, prompt_2=captions, max_sequence_length=TEXT_LENGTH
-        )
-    velocity = pipeline.transformer(
-        hidden_states=(1 - t[:, None, None]) * x_0 + t[:, None, None] * noise, timestep=t,
-        guidance=torch.ones(len(t)), pooled_projections=pooled, encoder_hidden_states=embeds, txt_ids=text_ids,
-        img_ids=pipeline._prepare_latent_image_ids(len(t), batch.height // 16, batch.width // 16, CPU, torch.float32),
-        return_dict=False,
-    )[0]  # fmt: skip
-    loss = (velocity - (noise - x_0)).square().mean()
+    loss = pictures.loss_without_control(pipeline, batch, seed)
     loss.backward()
     named = {f"transformer.{name.replace('.default_0', '')}": p.grad for name, p in weights.items()}
     return loss.item(), {name: gradient for name, gradient in named.items() if gradient is not None}
